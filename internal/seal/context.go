@@ -19,6 +19,8 @@ type Purpose string
 const (
 	PurposeWAL   Purpose = "wal"
 	PurposeLayer Purpose = "layer"
+	// PurposeSecret is for small documents the manager keeps, such as a first password.
+	PurposeSecret Purpose = "secret"
 )
 
 func (c Context) String() string {

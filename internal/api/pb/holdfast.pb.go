@@ -169,7 +169,7 @@ func (x *ErrorDetail) GetEndLsn() uint64 {
 // DEKContext is bound into the wrap: a wrapped DEK opens under no other.
 type DEKContext struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Purpose       string                 `protobuf:"bytes,1,opt,name=purpose,proto3" json:"purpose,omitempty"` // "wal", "layer"
+	Purpose       string                 `protobuf:"bytes,1,opt,name=purpose,proto3" json:"purpose,omitempty"` // "wal", "layer", "secret"
 	Project       string                 `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
 	Branch        string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
 	Object        string                 `protobuf:"bytes,4,opt,name=object,proto3" json:"object,omitempty"`
@@ -2984,6 +2984,223 @@ func (x *PageServerBranch) GetError() string {
 	return ""
 }
 
+type CredentialsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CredentialsResponse) Reset() {
+	*x = CredentialsResponse{}
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CredentialsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CredentialsResponse) ProtoMessage() {}
+
+func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CredentialsResponse.ProtoReflect.Descriptor instead.
+func (*CredentialsResponse) Descriptor() ([]byte, []int) {
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *CredentialsResponse) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *CredentialsResponse) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+type ClusterStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClusterStatusRequest) Reset() {
+	*x = ClusterStatusRequest{}
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterStatusRequest) ProtoMessage() {}
+
+func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
+func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{51}
+}
+
+// A part that does not answer is left out and named in errors.
+type ClusterStatusResponse struct {
+	state         protoimpl.MessageState      `protogen:"open.v1"`
+	Endpoints     []*Endpoint                 `protobuf:"bytes,1,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	Safekeepers   []*SafekeeperStatusResponse `protobuf:"bytes,2,rep,name=safekeepers,proto3" json:"safekeepers,omitempty"`
+	Pageserver    *PageServerStatusResponse   `protobuf:"bytes,3,opt,name=pageserver,proto3" json:"pageserver,omitempty"`
+	Keys          []*ProjectKeyStatus         `protobuf:"bytes,4,rep,name=keys,proto3" json:"keys,omitempty"`
+	Errors        []string                    `protobuf:"bytes,5,rep,name=errors,proto3" json:"errors,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClusterStatusResponse) Reset() {
+	*x = ClusterStatusResponse{}
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterStatusResponse) ProtoMessage() {}
+
+func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
+func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *ClusterStatusResponse) GetEndpoints() []*Endpoint {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse) GetSafekeepers() []*SafekeeperStatusResponse {
+	if x != nil {
+		return x.Safekeepers
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse) GetPageserver() *PageServerStatusResponse {
+	if x != nil {
+		return x.Pageserver
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse) GetKeys() []*ProjectKeyStatus {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse) GetErrors() []string {
+	if x != nil {
+		return x.Errors
+	}
+	return nil
+}
+
+type ProjectKeyStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Status        *KeyStatusResponse     `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProjectKeyStatus) Reset() {
+	*x = ProjectKeyStatus{}
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProjectKeyStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProjectKeyStatus) ProtoMessage() {}
+
+func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProjectKeyStatus.ProtoReflect.Descriptor instead.
+func (*ProjectKeyStatus) Descriptor() ([]byte, []int) {
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *ProjectKeyStatus) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *ProjectKeyStatus) GetStatus() *KeyStatusResponse {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
 type ListEndpointsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2992,7 +3209,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3004,7 +3221,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3017,7 +3234,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{50}
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{54}
 }
 
 type ListEndpointsResponse struct {
@@ -3029,7 +3246,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3041,7 +3258,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3054,7 +3271,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{51}
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -3073,7 +3290,7 @@ type EndpointRequest struct {
 
 func (x *EndpointRequest) Reset() {
 	*x = EndpointRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3302,7 @@ func (x *EndpointRequest) String() string {
 func (*EndpointRequest) ProtoMessage() {}
 
 func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3315,7 @@ func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointRequest.ProtoReflect.Descriptor instead.
 func (*EndpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{52}
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *EndpointRequest) GetName() string {
@@ -3124,7 +3341,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3136,7 +3353,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	mi := &file_internal_api_pb_holdfast_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3149,7 +3366,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{53}
+	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Endpoint) GetName() string {
@@ -3429,7 +3646,22 @@ const file_internal_api_pb_holdfast_proto_rawDesc = "" +
 	"\vlayer_bytes\x18\x06 \x01(\x04R\n" +
 	"layerBytes\x12!\n" +
 	"\fmemory_bytes\x18\a \x01(\x04R\vmemoryBytes\x12\x14\n" +
-	"\x05error\x18\b \x01(\tR\x05error\"\x16\n" +
+	"\x05error\x18\b \x01(\tR\x05error\"E\n" +
+	"\x13CredentialsResponse\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1a\n" +
+	"\bpassword\x18\x02 \x01(\tR\bpassword\"\x16\n" +
+	"\x14ClusterStatusRequest\"\xa7\x02\n" +
+	"\x15ClusterStatusResponse\x123\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x15.holdfast.v1.EndpointR\tendpoints\x12G\n" +
+	"\vsafekeepers\x18\x02 \x03(\v2%.holdfast.v1.SafekeeperStatusResponseR\vsafekeepers\x12E\n" +
+	"\n" +
+	"pageserver\x18\x03 \x01(\v2%.holdfast.v1.PageServerStatusResponseR\n" +
+	"pageserver\x121\n" +
+	"\x04keys\x18\x04 \x03(\v2\x1d.holdfast.v1.ProjectKeyStatusR\x04keys\x12\x16\n" +
+	"\x06errors\x18\x05 \x03(\tR\x06errors\"d\n" +
+	"\x10ProjectKeyStatus\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x126\n" +
+	"\x06status\x18\x02 \x01(\v2\x1e.holdfast.v1.KeyStatusResponseR\x06status\"\x16\n" +
 	"\x14ListEndpointsRequest\"L\n" +
 	"\x15ListEndpointsResponse\x123\n" +
 	"\tendpoints\x18\x01 \x03(\v2\x15.holdfast.v1.EndpointR\tendpoints\"%\n" +
@@ -3469,12 +3701,14 @@ const file_internal_api_pb_holdfast_proto_rawDesc = "" +
 	"\rListRelations\x12!.holdfast.v1.ListRelationsRequest\x1a\".holdfast.v1.ListRelationsResponse\x12G\n" +
 	"\bListSLRU\x12\x1c.holdfast.v1.ListSLRURequest\x1a\x1d.holdfast.v1.ListSLRUResponse\x12S\n" +
 	"\fStartupState\x12 .holdfast.v1.StartupStateRequest\x1a!.holdfast.v1.StartupStateResponse\x12U\n" +
-	"\x06Status\x12$.holdfast.v1.PageServerStatusRequest\x1a%.holdfast.v1.PageServerStatusResponse2\xb1\x02\n" +
+	"\x06Status\x12$.holdfast.v1.PageServerStatusRequest\x1a%.holdfast.v1.PageServerStatusResponse2\xd8\x03\n" +
 	"\aManager\x12V\n" +
 	"\rListEndpoints\x12!.holdfast.v1.ListEndpointsRequest\x1a\".holdfast.v1.ListEndpointsResponse\x12D\n" +
 	"\rStartEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12C\n" +
 	"\fStopEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12C\n" +
-	"\fKillEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.EndpointB0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
+	"\fKillEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12M\n" +
+	"\vCredentials\x12\x1c.holdfast.v1.EndpointRequest\x1a .holdfast.v1.CredentialsResponse\x12V\n" +
+	"\rClusterStatus\x12!.holdfast.v1.ClusterStatusRequest\x1a\".holdfast.v1.ClusterStatusResponseB0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
 
 var (
 	file_internal_api_pb_holdfast_proto_rawDescOnce sync.Once
@@ -3489,7 +3723,7 @@ func file_internal_api_pb_holdfast_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_api_pb_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_internal_api_pb_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_internal_api_pb_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_internal_api_pb_holdfast_proto_goTypes = []any{
 	(ErrorDetail_Reason)(0),          // 0: holdfast.v1.ErrorDetail.Reason
 	(*ErrorDetail)(nil),              // 1: holdfast.v1.ErrorDetail
@@ -3542,10 +3776,14 @@ var file_internal_api_pb_holdfast_proto_goTypes = []any{
 	(*PageServerStatusRequest)(nil),  // 48: holdfast.v1.PageServerStatusRequest
 	(*PageServerStatusResponse)(nil), // 49: holdfast.v1.PageServerStatusResponse
 	(*PageServerBranch)(nil),         // 50: holdfast.v1.PageServerBranch
-	(*ListEndpointsRequest)(nil),     // 51: holdfast.v1.ListEndpointsRequest
-	(*ListEndpointsResponse)(nil),    // 52: holdfast.v1.ListEndpointsResponse
-	(*EndpointRequest)(nil),          // 53: holdfast.v1.EndpointRequest
-	(*Endpoint)(nil),                 // 54: holdfast.v1.Endpoint
+	(*CredentialsResponse)(nil),      // 51: holdfast.v1.CredentialsResponse
+	(*ClusterStatusRequest)(nil),     // 52: holdfast.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil),    // 53: holdfast.v1.ClusterStatusResponse
+	(*ProjectKeyStatus)(nil),         // 54: holdfast.v1.ProjectKeyStatus
+	(*ListEndpointsRequest)(nil),     // 55: holdfast.v1.ListEndpointsRequest
+	(*ListEndpointsResponse)(nil),    // 56: holdfast.v1.ListEndpointsResponse
+	(*EndpointRequest)(nil),          // 57: holdfast.v1.EndpointRequest
+	(*Endpoint)(nil),                 // 58: holdfast.v1.Endpoint
 }
 var file_internal_api_pb_holdfast_proto_depIdxs = []int32{
 	0,  // 0: holdfast.v1.ErrorDetail.reason:type_name -> holdfast.v1.ErrorDetail.Reason
@@ -3564,58 +3802,67 @@ var file_internal_api_pb_holdfast_proto_depIdxs = []int32{
 	36, // 13: holdfast.v1.StartupStateRequest.at:type_name -> holdfast.v1.ReadPoint
 	47, // 14: holdfast.v1.StartupStateResponse.files:type_name -> holdfast.v1.NamedFile
 	50, // 15: holdfast.v1.PageServerStatusResponse.branches:type_name -> holdfast.v1.PageServerBranch
-	54, // 16: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
-	3,  // 17: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
-	5,  // 18: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
-	7,  // 19: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
-	11, // 20: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
-	13, // 21: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
-	15, // 22: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
-	17, // 23: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
-	19, // 24: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
-	21, // 25: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
-	24, // 26: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
-	26, // 27: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
-	30, // 28: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
-	32, // 29: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
-	34, // 30: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
-	38, // 31: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
-	40, // 32: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
-	43, // 33: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
-	45, // 34: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
-	48, // 35: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
-	51, // 36: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
-	53, // 37: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
-	53, // 38: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
-	53, // 39: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
-	4,  // 40: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
-	6,  // 41: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
-	8,  // 42: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
-	12, // 43: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
-	14, // 44: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
-	16, // 45: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
-	18, // 46: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
-	20, // 47: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
-	22, // 48: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
-	25, // 49: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
-	27, // 50: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
-	31, // 51: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
-	33, // 52: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
-	35, // 53: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
-	39, // 54: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
-	41, // 55: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
-	44, // 56: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
-	46, // 57: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
-	49, // 58: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
-	52, // 59: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
-	54, // 60: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
-	54, // 61: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
-	54, // 62: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
-	40, // [40:63] is the sub-list for method output_type
-	17, // [17:40] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	58, // 16: holdfast.v1.ClusterStatusResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	27, // 17: holdfast.v1.ClusterStatusResponse.safekeepers:type_name -> holdfast.v1.SafekeeperStatusResponse
+	49, // 18: holdfast.v1.ClusterStatusResponse.pageserver:type_name -> holdfast.v1.PageServerStatusResponse
+	54, // 19: holdfast.v1.ClusterStatusResponse.keys:type_name -> holdfast.v1.ProjectKeyStatus
+	14, // 20: holdfast.v1.ProjectKeyStatus.status:type_name -> holdfast.v1.KeyStatusResponse
+	58, // 21: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	3,  // 22: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
+	5,  // 23: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
+	7,  // 24: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
+	11, // 25: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
+	13, // 26: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
+	15, // 27: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
+	17, // 28: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
+	19, // 29: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
+	21, // 30: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
+	24, // 31: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
+	26, // 32: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
+	30, // 33: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
+	32, // 34: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
+	34, // 35: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
+	38, // 36: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
+	40, // 37: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
+	43, // 38: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
+	45, // 39: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
+	48, // 40: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
+	55, // 41: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
+	57, // 42: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
+	57, // 43: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
+	57, // 44: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
+	57, // 45: holdfast.v1.Manager.Credentials:input_type -> holdfast.v1.EndpointRequest
+	52, // 46: holdfast.v1.Manager.ClusterStatus:input_type -> holdfast.v1.ClusterStatusRequest
+	4,  // 47: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
+	6,  // 48: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
+	8,  // 49: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
+	12, // 50: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
+	14, // 51: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
+	16, // 52: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
+	18, // 53: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
+	20, // 54: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
+	22, // 55: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
+	25, // 56: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
+	27, // 57: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
+	31, // 58: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
+	33, // 59: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
+	35, // 60: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
+	39, // 61: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
+	41, // 62: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
+	44, // 63: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
+	46, // 64: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
+	49, // 65: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
+	56, // 66: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
+	58, // 67: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
+	58, // 68: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
+	58, // 69: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
+	51, // 70: holdfast.v1.Manager.Credentials:output_type -> holdfast.v1.CredentialsResponse
+	53, // 71: holdfast.v1.Manager.ClusterStatus:output_type -> holdfast.v1.ClusterStatusResponse
+	47, // [47:72] is the sub-list for method output_type
+	22, // [22:47] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_pb_holdfast_proto_init() }
@@ -3629,7 +3876,7 @@ func file_internal_api_pb_holdfast_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_pb_holdfast_proto_rawDesc), len(file_internal_api_pb_holdfast_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   54,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -978,6 +978,8 @@ const (
 	Manager_StartEndpoint_FullMethodName = "/holdfast.v1.Manager/StartEndpoint"
 	Manager_StopEndpoint_FullMethodName  = "/holdfast.v1.Manager/StopEndpoint"
 	Manager_KillEndpoint_FullMethodName  = "/holdfast.v1.Manager/KillEndpoint"
+	Manager_Credentials_FullMethodName   = "/holdfast.v1.Manager/Credentials"
+	Manager_ClusterStatus_FullMethodName = "/holdfast.v1.Manager/ClusterStatus"
 )
 
 // ManagerClient is the client API for Manager service.
@@ -990,6 +992,10 @@ type ManagerClient interface {
 	StartEndpoint(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*Endpoint, error)
 	StopEndpoint(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*Endpoint, error)
 	KillEndpoint(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*Endpoint, error)
+	// Credentials opens the sealed first password of the endpoint's superuser. It is served
+	// on the manager's private socket only.
+	Credentials(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*CredentialsResponse, error)
+	ClusterStatus(ctx context.Context, in *ClusterStatusRequest, opts ...grpc.CallOption) (*ClusterStatusResponse, error)
 }
 
 type managerClient struct {
@@ -1040,6 +1046,26 @@ func (c *managerClient) KillEndpoint(ctx context.Context, in *EndpointRequest, o
 	return out, nil
 }
 
+func (c *managerClient) Credentials(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*CredentialsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CredentialsResponse)
+	err := c.cc.Invoke(ctx, Manager_Credentials_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *managerClient) ClusterStatus(ctx context.Context, in *ClusterStatusRequest, opts ...grpc.CallOption) (*ClusterStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClusterStatusResponse)
+	err := c.cc.Invoke(ctx, Manager_ClusterStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ManagerServer is the server API for Manager service.
 // All implementations must embed UnimplementedManagerServer
 // for forward compatibility.
@@ -1050,6 +1076,10 @@ type ManagerServer interface {
 	StartEndpoint(context.Context, *EndpointRequest) (*Endpoint, error)
 	StopEndpoint(context.Context, *EndpointRequest) (*Endpoint, error)
 	KillEndpoint(context.Context, *EndpointRequest) (*Endpoint, error)
+	// Credentials opens the sealed first password of the endpoint's superuser. It is served
+	// on the manager's private socket only.
+	Credentials(context.Context, *EndpointRequest) (*CredentialsResponse, error)
+	ClusterStatus(context.Context, *ClusterStatusRequest) (*ClusterStatusResponse, error)
 	mustEmbedUnimplementedManagerServer()
 }
 
@@ -1071,6 +1101,12 @@ func (UnimplementedManagerServer) StopEndpoint(context.Context, *EndpointRequest
 }
 func (UnimplementedManagerServer) KillEndpoint(context.Context, *EndpointRequest) (*Endpoint, error) {
 	return nil, status.Error(codes.Unimplemented, "method KillEndpoint not implemented")
+}
+func (UnimplementedManagerServer) Credentials(context.Context, *EndpointRequest) (*CredentialsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Credentials not implemented")
+}
+func (UnimplementedManagerServer) ClusterStatus(context.Context, *ClusterStatusRequest) (*ClusterStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ClusterStatus not implemented")
 }
 func (UnimplementedManagerServer) mustEmbedUnimplementedManagerServer() {}
 func (UnimplementedManagerServer) testEmbeddedByValue()                 {}
@@ -1165,6 +1201,42 @@ func _Manager_KillEndpoint_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Manager_Credentials_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EndpointRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).Credentials(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_Credentials_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).Credentials(ctx, req.(*EndpointRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Manager_ClusterStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClusterStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).ClusterStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_ClusterStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).ClusterStatus(ctx, req.(*ClusterStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Manager_ServiceDesc is the grpc.ServiceDesc for Manager service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1187,6 +1259,14 @@ var Manager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "KillEndpoint",
 			Handler:    _Manager_KillEndpoint_Handler,
+		},
+		{
+			MethodName: "Credentials",
+			Handler:    _Manager_Credentials_Handler,
+		},
+		{
+			MethodName: "ClusterStatus",
+			Handler:    _Manager_ClusterStatus_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

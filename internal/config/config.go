@@ -1,0 +1,164 @@
+// Package config is the configuration file of each role: YAML, one struct a role, every
+// field known. A field that is not known, a value that cannot be, or a missing address is
+// an error that names the file and, where the parser knows it, the line.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"gopkg.in/yaml.v3"
+)
+
+// Keymgr configures a key manager.
+type Keymgr struct {
+	Listen        string        `yaml:"listen"`         // address, see internal/rpc
+	Dir           string        `yaml:"dir"`            // the audit log's folder
+	Bucket        string        `yaml:"bucket"`         // folder of the directory bucket
+	LocalKMS      string        `yaml:"local_kms"`      // file of the development KMS
+	CheckInterval time.Duration `yaml:"check_interval"` // how often the CMK is tried; 0: 5s
+	LeaseTTL      time.Duration `yaml:"lease_ttl"`      // how long a node may hold DEKs unrenewed; 0: 10s
+}
+
+// Safekeeper configures one replica.
+type Safekeeper struct {
+	ID     uint64            `yaml:"id"` // 1 and up, unique among the peers
+	Listen string            `yaml:"listen"`
+	Dir    string            `yaml:"dir"`
+	Bucket string            `yaml:"bucket"`
+	Keymgr string            `yaml:"keymgr"`
+	Peers  map[uint64]string `yaml:"peers"` // every replica's address by id, this one's too
+}
+
+// Pageserver configures a page server.
+type Pageserver struct {
+	Node        string   `yaml:"node"` // a name, for leases and the audit log
+	Listen      string   `yaml:"listen"`
+	Dir         string   `yaml:"dir"`
+	Bucket      string   `yaml:"bucket"`
+	Keymgr      string   `yaml:"keymgr"`
+	Safekeepers []string `yaml:"safekeepers"`
+}
+
+// Manager configures the manager, which runs the endpoints as its children.
+type Manager struct {
+	Listen         string            `yaml:"listen"`
+	Dir            string            `yaml:"dir"`         // configuration files of the endpoints
+	ComputeDir     string            `yaml:"compute_dir"` // folders of the endpoints; nothing in them is durable
+	Bucket         string            `yaml:"bucket"`
+	Keymgr         string            `yaml:"keymgr"`
+	Safekeepers    []string          `yaml:"safekeepers"`
+	Pageserver     string            `yaml:"pageserver"`
+	CMK            string            `yaml:"cmk"`             // the customer's key for the first project
+	EndpointListen string            `yaml:"endpoint_listen"` // where the first endpoint's Postgres listens
+	PasswordFile   string            `yaml:"password_file"`   // the superuser's first password; empty: a random one
+	Settings       map[string]string `yaml:"settings"`        // postgresql.conf settings of endpoints
+	CacheBytes     int64             `yaml:"cache_bytes"`     // of an endpoint's local sealed store; 0: the default
+}
+
+// Compute configures one endpoint's agent.
+type Compute struct {
+	Project     string            `yaml:"project"`
+	Branch      string            `yaml:"branch"`
+	Name        string            `yaml:"name"`
+	Dir         string            `yaml:"dir"`
+	Listen      string            `yaml:"listen"`
+	Keymgr      string            `yaml:"keymgr"`
+	Safekeepers []string          `yaml:"safekeepers"`
+	Pageserver  string            `yaml:"pageserver"`
+	Settings    map[string]string `yaml:"settings"`
+	CacheBytes  int64             `yaml:"cache_bytes"`
+}
+
+// Load reads the file into out, a pointer to one of this package's structs, and validates
+// it.
+func Load(file string, out interface{ Validate() error }) error {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("reading the configuration: %w", err)
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	dec.KnownFields(true)
+	if err := dec.Decode(out); err != nil {
+		if errors.Is(err, io.EOF) {
+			return fmt.Errorf("configuration %s is empty", file)
+		}
+		return fmt.Errorf("configuration %s: %w", file, err)
+	}
+	if err := out.Validate(); err != nil {
+		return fmt.Errorf("configuration %s: %w", file, err)
+	}
+	return nil
+}
+
+// Save writes a configuration for a role that is started from a file.
+func Save(file string, cfg any) error {
+	data, err := yaml.Marshal(cfg)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, data, 0o600)
+}
+
+type field struct {
+	name  string
+	value string
+}
+
+func required(fields ...field) error {
+	for _, f := range fields {
+		if f.value == "" {
+			return fmt.Errorf("%s is missing", f.name)
+		}
+	}
+	return nil
+}
+
+// Validate says what is missing or cannot be.
+func (c *Keymgr) Validate() error {
+	if c.CheckInterval < 0 || c.LeaseTTL < 0 {
+		return errors.New("check_interval and lease_ttl cannot be negative")
+	}
+	return required(field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket}, field{"local_kms", c.LocalKMS})
+}
+
+// Validate says what is missing or cannot be.
+func (c *Safekeeper) Validate() error {
+	if c.ID == 0 {
+		return errors.New("id is missing: want a number from 1 up")
+	}
+	if _, ok := c.Peers[c.ID]; !ok {
+		return fmt.Errorf("peers has no entry for this replica's own id %d", c.ID)
+	}
+	return required(field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket}, field{"keymgr", c.Keymgr})
+}
+
+// Validate says what is missing or cannot be.
+func (c *Pageserver) Validate() error {
+	if len(c.Safekeepers) == 0 {
+		return errors.New("safekeepers is missing")
+	}
+	return required(field{"node", c.Node}, field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket}, field{"keymgr", c.Keymgr})
+}
+
+// Validate says what is missing or cannot be.
+func (c *Manager) Validate() error {
+	if len(c.Safekeepers) == 0 {
+		return errors.New("safekeepers is missing")
+	}
+	return required(field{"listen", c.Listen}, field{"dir", c.Dir}, field{"compute_dir", c.ComputeDir}, field{"bucket", c.Bucket},
+		field{"keymgr", c.Keymgr}, field{"pageserver", c.Pageserver}, field{"cmk", c.CMK}, field{"endpoint_listen", c.EndpointListen})
+}
+
+// Validate says what is missing or cannot be.
+func (c *Compute) Validate() error {
+	if len(c.Safekeepers) == 0 {
+		return errors.New("safekeepers is missing")
+	}
+	return required(field{"project", c.Project}, field{"branch", c.Branch}, field{"name", c.Name}, field{"dir", c.Dir},
+		field{"listen", c.Listen}, field{"keymgr", c.Keymgr}, field{"pageserver", c.Pageserver})
+}
