@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+)
+
+// callTimeout bounds an operator's command; starting an endpoint is the longest.
+const callTimeout = 2 * time.Minute
+
+// withManager calls fn with a client of the cluster's manager.
+func withManager(cmd *cobra.Command, fn func(context.Context, pb.ManagerClient) error) error {
+	l, err := layoutOf(cmd)
+	if err != nil {
+		return err
+	}
+	conn, err := rpc.Dial(l.socket("manager"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+	defer cancel()
+	err = fn(ctx, pb.NewManagerClient(conn))
+	if status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "dial unix") {
+		return fmt.Errorf("no cluster is running over %s: start one with `holdfast up --data %s`", l.dir, l.dir)
+	}
+	if st, ok := status.FromError(err); ok && err != nil {
+		return errors.New(st.Message())
+	}
+	return err
+}
+
+func newPsql() *cobra.Command {
+	return &cobra.Command{
+		Use:   "psql [ENDPOINT] [-- ARGS]",
+		Short: "Run psql against an endpoint (main), with the password it was made with",
+		Example: `  holdfast psql
+  holdfast psql -- -c 'SELECT version()'`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, psqlArgs := "main", args
+			if dash := cmd.ArgsLenAtDash(); dash != 0 && len(args) > 0 {
+				if dash > 1 || dash < 0 && len(args) > 1 {
+					return errors.New("psql takes one endpoint's name; arguments for psql itself follow --")
+				}
+				name, psqlArgs = args[0], args[1:]
+			}
+			var url, password string
+			err := withManager(cmd, func(ctx context.Context, m pb.ManagerClient) error {
+				e, err := findEndpoint(ctx, m, name)
+				if err != nil {
+					return err
+				}
+				if e.State != "running" {
+					return fmt.Errorf("endpoint %s is %s; `holdfast endpoint start %s` starts it", name, e.State, name)
+				}
+				url = e.Url
+				c, err := m.Credentials(ctx, &pb.EndpointRequest{Name: name})
+				if err != nil {
+					return err
+				}
+				password = c.Password
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			return runPsql(cmd, url, password, psqlArgs)
+		},
+	}
+}
+
+// runPsql hands the password over in a file that only this user can read and that is gone
+// when psql ends: arguments and environments are visible to more.
+func runPsql(cmd *cobra.Command, url, password string, args []string) error {
+	pass, err := os.CreateTemp(shmDir(), "holdfast-pgpass-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(pass.Name())
+	escaped := strings.NewReplacer(`\`, `\\`, `:`, `\:`).Replace(password)
+	if _, err := fmt.Fprintf(pass, "*:*:*:*:%s\n", escaped); err != nil {
+		return err
+	}
+	if err := pass.Close(); err != nil {
+		return err
+	}
+	psql := exec.CommandContext(cmd.Context(), "psql", append([]string{url}, args...)...)
+	// Ctrl-C is psql's, to cancel a query; psql ends by itself when its input does.
+	psql.Cancel = func() error { return nil }
+	psql.Stdin, psql.Stdout, psql.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if os.Getenv("PGPASSWORD") == "" {
+		psql.Env = append(os.Environ(), "PGPASSFILE="+pass.Name())
+	}
+	err = psql.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return &exitError{status: max(exit.ExitCode(), 1)}
+	}
+	return err
+}
+
+// shmDir is a folder in memory, or the usual one for temporary files.
+func shmDir() string {
+	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
+		return "/dev/shm"
+	}
+	return ""
+}
+
+func findEndpoint(ctx context.Context, m pb.ManagerClient, name string) (*pb.Endpoint, error) {
+	list, err := m.ListEndpoints(ctx, &pb.ListEndpointsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range list.Endpoints {
+		if e.Name == name {
+			return e, nil
+		}
+	}
+	return nil, fmt.Errorf("there is no endpoint %q; `holdfast endpoint list` names them", name)
+}
+
+func newEndpoint() *cobra.Command {
+	group := &cobra.Command{Use: "endpoint", Short: "List, start, stop and kill endpoints"}
+	group.AddCommand(&cobra.Command{
+		Use: "list", Short: "List the endpoints", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withManager(cmd, func(ctx context.Context, m pb.ManagerClient) error {
+				list, err := m.ListEndpoints(ctx, &pb.ListEndpointsRequest{})
+				if err != nil {
+					return err
+				}
+				return printEndpoints(cmd.OutOrStdout(), list.Endpoints)
+			})
+		},
+	})
+	type call func(context.Context, pb.ManagerClient, *pb.EndpointRequest) (*pb.Endpoint, error)
+	for _, c := range []struct {
+		name, short string
+		call        call
+	}{
+		{"start", "Start an endpoint and wait until it takes connections", func(ctx context.Context, m pb.ManagerClient, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+			return m.StartEndpoint(ctx, r)
+		}},
+		{"stop", "Shut an endpoint down", func(ctx context.Context, m pb.ManagerClient, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+			return m.StopEndpoint(ctx, r)
+		}},
+		{"kill", "SIGKILL an endpoint's agent and Postgres and delete its local folder", func(ctx context.Context, m pb.ManagerClient, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+			return m.KillEndpoint(ctx, r)
+		}},
+	} {
+		group.AddCommand(&cobra.Command{
+			Use: c.name + " [NAME]", Short: c.short, Args: cobra.MaximumNArgs(1),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				name := "main"
+				if len(args) == 1 {
+					name = args[0]
+				}
+				return withManager(cmd, func(ctx context.Context, m pb.ManagerClient) error {
+					e, err := c.call(ctx, m, &pb.EndpointRequest{Name: name})
+					if err != nil {
+						return err
+					}
+					return printEndpoints(cmd.OutOrStdout(), []*pb.Endpoint{e})
+				})
+			},
+		})
+	}
+	return group
+}
+
+func printEndpoints(w io.Writer, endpoints []*pb.Endpoint) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "ENDPOINT\tSTATE\tEPOCH\tPID\tURL\tERROR")
+	for _, e := range endpoints {
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%s\t%s\n", e.Name, e.State, e.Epoch, e.Pid, e.Url, e.Error)
+	}
+	return tw.Flush()
+}
+
+func newStatus() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show how the cluster is", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withManager(cmd, func(ctx context.Context, m pb.ManagerClient) error {
+				st, err := m.ClusterStatus(ctx, &pb.ClusterStatusRequest{})
+				if err != nil {
+					return err
+				}
+				if asJSON {
+					return printJSON(cmd.OutOrStdout(), st)
+				}
+				return printStatus(cmd.OutOrStdout(), st)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func printJSON(w io.Writer, st *pb.ClusterStatusResponse) error {
+	data, err := protojson.MarshalOptions{EmitUnpopulated: true, UseProtoNames: true}.Marshal(st)
+	if err != nil {
+		return err
+	}
+	// protojson varies its spaces on purpose; a stable output is kinder to scripts.
+	var v any
+	if err := json.Unmarshal(data, &v); err != nil {
+		return err
+	}
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func printStatus(w io.Writer, st *pb.ClusterStatusResponse) error {
+	if err := printEndpoints(w, st.Endpoints); err != nil {
+		return err
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "\nSAFEKEEPER\tLEADER\tTERM\tDISK\tBRANCH ENDS")
+	for _, s := range st.Safekeepers {
+		var leader, term uint64
+		if len(s.Groups) > 0 {
+			leader, term = s.Groups[0].Leader, s.Groups[0].Term
+		}
+		var ends []string
+		for _, b := range s.Branches {
+			ends = append(ends, pg.LSN(b.EndLsn).String())
+		}
+		fmt.Fprintf(tw, "%d\t%d\t%d\t%d MiB\t%s\n", s.NodeId, leader, term, s.DiskBytes>>20, strings.Join(ends, " "))
+	}
+	fmt.Fprintln(tw, "\nPAGESERVER BRANCH\tINGESTED\tDURABLE\tLAYERS\tLAYER BYTES\tERROR")
+	for _, b := range st.GetPageserver().GetBranches() {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d MiB\t%s\n", b.Branch, pg.LSN(b.IngestedLsn), pg.LSN(b.DurableLsn), b.Layers, b.LayerBytes>>20, b.Error)
+	}
+	fmt.Fprintln(tw, "\nKEY OF PROJECT\tCMK\tSTATE\tKEK VERSION\tPROVIDER SAYS")
+	for _, k := range st.Keys {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\n", k.Project, k.Status.Cmk, k.Status.State, k.Status.KekVersion, k.Status.ProviderError)
+	}
+	for _, e := range st.Errors {
+		fmt.Fprintf(tw, "\nnot answering: %s\n", e)
+	}
+	return tw.Flush()
+}

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/holdfastdb/holdfast/internal/config"
+)
+
+// replicas is the number of safekeepers of an embedded cluster: the fewest that outlive
+// the loss of one.
+const replicas = 3
+
+// cmk is the name of the key that an embedded cluster makes in its development KMS.
+const cmk = "dev"
+
+// layout is where an embedded cluster keeps what.
+type layout struct{ dir string }
+
+func layoutOf(cmd *cobra.Command) (layout, error) {
+	dir, err := cmd.Flags().GetString("data")
+	if err != nil {
+		return layout{}, err
+	}
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return layout{}, fmt.Errorf("data directory %q: %w", dir, err)
+	}
+	return layout{dir: abs}, nil
+}
+
+func (l layout) path(elem ...string) string {
+	return filepath.Join(append([]string{l.dir}, elem...)...)
+}
+
+func (l layout) bucket() string   { return l.path("bucket") }
+func (l layout) localKMS() string { return l.path("kms", "keys.json") }
+
+// maxRunDir leaves room for a socket's name within what the kernel takes for a socket path.
+const maxRunDir = 90
+
+// runDir holds the sockets: in the data directory, or, where that path is too long for a
+// socket, in a private folder for temporary files whose name follows from it.
+func (l layout) runDir() string {
+	if dir := l.path("run"); len(dir) <= maxRunDir {
+		return dir
+	}
+	sum := sha256.Sum256([]byte(l.dir))
+	return filepath.Join(os.TempDir(), "holdfast-"+strconv.Itoa(os.Getuid())+"-"+hex.EncodeToString(sum[:6]))
+}
+
+func (l layout) socket(role string) string { return "unix:" + filepath.Join(l.runDir(), role) }
+
+func (l layout) safekeeper(id uint64) string { return "safekeeper" + strconv.FormatUint(id, 10) }
+
+func (l layout) peers() map[uint64]string {
+	peers := make(map[uint64]string, replicas)
+	for id := uint64(1); id <= replicas; id++ {
+		peers[id] = l.socket(l.safekeeper(id))
+	}
+	return peers
+}
+
+func (l layout) safekeeperAddrs() []string {
+	addrs := make([]string, 0, replicas)
+	for id := uint64(1); id <= replicas; id++ {
+		addrs = append(addrs, l.socket(l.safekeeper(id)))
+	}
+	return addrs
+}
+
+func (l layout) keymgrConfig() *config.Keymgr {
+	return &config.Keymgr{Listen: l.socket("keymgr"), Dir: l.path("keymgr"), Bucket: l.bucket(), LocalKMS: l.localKMS()}
+}
+
+func (l layout) safekeeperConfig(id uint64) *config.Safekeeper {
+	name := l.safekeeper(id)
+	return &config.Safekeeper{ID: id, Listen: l.socket(name), Dir: l.path(name), Bucket: l.bucket(), Keymgr: l.socket("keymgr"), Peers: l.peers()}
+}
+
+func (l layout) pageserverConfig() *config.Pageserver {
+	return &config.Pageserver{Node: "pageserver", Listen: l.socket("pageserver"), Dir: l.path("pageserver"), Bucket: l.bucket(),
+		Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs()}
+}
+
+func (l layout) managerConfig(listen, passwordFile string) *config.Manager {
+	return &config.Manager{Listen: l.socket("manager"), Dir: l.path("manager"), ComputeDir: l.path("compute"), Bucket: l.bucket(),
+		Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs(), Pageserver: l.socket("pageserver"),
+		CMK: cmk, EndpointListen: listen, PasswordFile: passwordFile}
+}

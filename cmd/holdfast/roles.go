@@ -1,0 +1,316 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/holdfastdb/holdfast/compute"
+	"github.com/holdfastdb/holdfast/compute/initdb"
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/blob"
+	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
+	"github.com/holdfastdb/holdfast/internal/config"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/keymgr"
+	"github.com/holdfastdb/holdfast/keymgr/localkms"
+	"github.com/holdfastdb/holdfast/manager"
+	"github.com/holdfastdb/holdfast/pageserver"
+	"github.com/holdfastdb/holdfast/safekeeper"
+)
+
+// service is a role that runs: it serves calls until it is closed.
+type service struct {
+	server  *grpc.Server
+	closers []func() error // in the order of opening; closed in reverse
+	failed  chan error     // the server's end, when nobody asked for it
+}
+
+// serveGrace bounds how long open calls may go on when a role is closed.
+const serveGrace = 2 * time.Second
+
+func (s *service) onClose(fn func() error) { s.closers = append(s.closers, fn) }
+
+// serve begins to answer calls at addr.
+func (s *service) serve(addr string, register func(*grpc.Server)) error {
+	l, err := rpc.Listen(addr)
+	if err != nil {
+		return err
+	}
+	s.server, s.failed = rpc.NewServer(), make(chan error, 1)
+	register(s.server)
+	go func(l net.Listener) {
+		if err := s.server.Serve(l); err != nil {
+			s.failed <- fmt.Errorf("serving at %s: %w", addr, err)
+		}
+	}(l)
+	return nil
+}
+
+func (s *service) close() error {
+	if s.server != nil {
+		done := make(chan struct{})
+		go func() { s.server.GracefulStop(); close(done) }()
+		select {
+		case <-done:
+		case <-time.After(serveGrace):
+			s.server.Stop()
+		}
+	}
+	var errs []error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		errs = append(errs, s.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+func openBucket(dir string) (blob.Store, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	return dirblob.Open(dir)
+}
+
+// openRing connects a node to the key manager.
+func (s *service) openRing(addr, node string) (keyring.Ring, error) {
+	conn, err := rpc.Dial(addr)
+	if err != nil {
+		return nil, err
+	}
+	s.onClose(conn.Close)
+	ring := keyring.New(pb.NewKeyManagerClient(conn), node)
+	s.onClose(func() error { ring.Close(); return nil })
+	return ring, nil
+}
+
+func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
+	s := &service{}
+	store, err := openBucket(cfg.Bucket)
+	if err != nil {
+		return nil, err
+	}
+	provider, err := localkms.Open(cfg.LocalKMS)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	srv, err := keymgr.New(keymgr.Config{Dir: cfg.Dir, BlobStore: store, Provider: provider,
+		CheckInterval: cfg.CheckInterval, LeaseTTL: cfg.LeaseTTL, Logger: log.With("role", "keymgr")})
+	if err != nil {
+		return nil, err
+	}
+	s.onClose(srv.Close)
+	if err := s.serve(cfg.Listen, func(g *grpc.Server) { pb.RegisterKeyManagerServer(g, srv) }); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+func startSafekeeper(cfg *config.Safekeeper, log *slog.Logger) (*service, error) {
+	s := &service{}
+	store, err := openBucket(cfg.Bucket)
+	if err != nil {
+		return nil, err
+	}
+	node := fmt.Sprintf("safekeeper%d", cfg.ID)
+	ring, err := s.openRing(cfg.Keymgr, node)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	srv, err := safekeeper.New(safekeeper.Config{NodeID: cfg.ID, Dir: cfg.Dir, Peers: cfg.Peers, Ring: ring, Blob: store,
+		Logger: log.With("role", node)})
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	s.onClose(srv.Close)
+	if err := s.serve(cfg.Listen, srv.Register); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+func startPageserver(cfg *config.Pageserver, log *slog.Logger) (*service, error) {
+	s := &service{}
+	store, err := openBucket(cfg.Bucket)
+	if err != nil {
+		return nil, err
+	}
+	ring, err := s.openRing(cfg.Keymgr, cfg.Node)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	srv, err := pageserver.New(pageserver.Config{Dir: cfg.Dir, Blob: store, Ring: ring, Safekeepers: cfg.Safekeepers,
+		NodeID: cfg.Node, Logger: log.With("role", "pageserver")})
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	s.onClose(srv.Close)
+	if err := s.serve(cfg.Listen, srv.Register); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// startManager also runs what the manager runs: it returns when the endpoints are ready.
+func startManager(ctx context.Context, cfg *config.Manager, log *slog.Logger, progress, created func(string)) (*service, error) {
+	s := &service{}
+	store, err := openBucket(cfg.Bucket)
+	if err != nil {
+		return nil, err
+	}
+	ring, err := s.openRing(cfg.Keymgr, "manager")
+	if err != nil {
+		return nil, err
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	m, err := manager.New(manager.Config{Manager: *cfg, Store: store, Ring: ring, Executable: exe,
+		Log: log.With("role", "manager"), Progress: progress, Created: created})
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	s.onClose(func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		return m.Close(ctx)
+	})
+	if err := s.serve(cfg.Listen, m.Register); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	if err := m.Start(ctx); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+func newLogger() *slog.Logger { return slog.New(slog.NewTextHandler(os.Stderr, nil)) }
+
+// newRoles are the commands that run one role as a process of its own.
+func newRoles() []*cobra.Command {
+	role := func(name, short string, run func(ctx context.Context, file string) (*service, error)) *cobra.Command {
+		var file string
+		cmd := &cobra.Command{
+			Use: name + " --config FILE", Short: short, Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				s, err := run(cmd.Context(), file)
+				if err != nil {
+					return err
+				}
+				select {
+				case <-cmd.Context().Done():
+				case err = <-s.failed:
+				}
+				return errors.Join(err, s.close())
+			},
+		}
+		cmd.Flags().StringVar(&file, "config", "", "the role's configuration (YAML)")
+		_ = cmd.MarkFlagRequired("config") // fails only for a flag that is not there
+		return cmd
+	}
+	return []*cobra.Command{
+		role("keymgr", "Run a key manager", func(_ context.Context, file string) (*service, error) {
+			var cfg config.Keymgr
+			if err := config.Load(file, &cfg); err != nil {
+				return nil, err
+			}
+			return startKeymgr(&cfg, newLogger())
+		}),
+		role("safekeeper", "Run one replica of the WAL", func(_ context.Context, file string) (*service, error) {
+			var cfg config.Safekeeper
+			if err := config.Load(file, &cfg); err != nil {
+				return nil, err
+			}
+			return startSafekeeper(&cfg, newLogger())
+		}),
+		role("pageserver", "Run a page server", func(_ context.Context, file string) (*service, error) {
+			var cfg config.Pageserver
+			if err := config.Load(file, &cfg); err != nil {
+				return nil, err
+			}
+			return startPageserver(&cfg, newLogger())
+		}),
+		role("manager", "Run the manager and its endpoints", func(ctx context.Context, file string) (*service, error) {
+			var cfg config.Manager
+			if err := config.Load(file, &cfg); err != nil {
+				return nil, err
+			}
+			return startManager(ctx, &cfg, newLogger(), func(s string) { fmt.Fprintln(os.Stderr, s) }, printPassword)
+		}),
+		newCompute(),
+	}
+}
+
+func printPassword(password string) {
+	fmt.Println("password of user postgres (printed this once):", password)
+}
+
+func newCompute() *cobra.Command {
+	var file string
+	var isInit bool
+	cmd := &cobra.Command{
+		Use: "compute --config FILE", Short: "Run one endpoint: the agent and its Postgres", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var cfg config.Compute
+			if err := config.Load(file, &cfg); err != nil {
+				return err
+			}
+			agent := computeConfig(&cfg, newLogger())
+			if isInit {
+				password, err := readPassword(os.Stdin)
+				if err != nil {
+					return err
+				}
+				_, err = initdb.InitBranch(cmd.Context(), agent, password)
+				return err
+			}
+			err := compute.Run(cmd.Context(), agent)
+			if errors.Is(err, compute.ErrFenced) {
+				return &exitError{status: manager.ExitFenced, err: err}
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "the endpoint's configuration (YAML)")
+	cmd.Flags().BoolVar(&isInit, "init", false, "make the branch with initdb instead; the superuser's password is read from standard input")
+	_ = cmd.MarkFlagRequired("config")
+	return cmd
+}
+
+func computeConfig(cfg *config.Compute, log *slog.Logger) compute.Config {
+	return compute.Config{Project: cfg.Project, Branch: cfg.Branch, Name: cfg.Name, Dir: cfg.Dir, Listen: cfg.Listen,
+		Safekeepers: cfg.Safekeepers, PageServer: cfg.Pageserver, KeyManager: cfg.Keymgr,
+		ExtraSettings: cfg.Settings, CacheBytes: cfg.CacheBytes, Logger: log.With("role", "compute", "endpoint", cfg.Name)}
+}
+
+func readPassword(r io.Reader) (string, error) {
+	line, err := bufio.NewReader(io.LimitReader(r, 4096)).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", fmt.Errorf("reading the password from standard input: %w", err)
+	}
+	line = strings.TrimRight(line, "\r\n")
+	if line == "" {
+		return "", errors.New("want the superuser's password on standard input")
+	}
+	return line, nil
+}

@@ -1,0 +1,128 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"sort"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+)
+
+// ListEndpoints lists every endpoint by name.
+func (m *Manager) ListEndpoints(context.Context, *pb.ListEndpointsRequest) (*pb.ListEndpointsResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	resp := &pb.ListEndpointsResponse{}
+	for _, s := range m.mu.endpoints {
+		resp.Endpoints = append(resp.Endpoints, s.status())
+	}
+	sort.Slice(resp.Endpoints, func(i, j int) bool { return resp.Endpoints[i].Name < resp.Endpoints[j].Name })
+	return resp, nil
+}
+
+// StartEndpoint starts an endpoint and waits until it takes connections.
+func (m *Manager) StartEndpoint(ctx context.Context, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+	s, err := m.find(r.Name)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.want(ctx, r.Name, true); err != nil {
+		return nil, err
+	}
+	s.start()
+	if err := s.waitReady(ctx); err != nil {
+		return nil, rpc.Error(codes.Unavailable, nil, "%v", err)
+	}
+	return s.status(), nil
+}
+
+// StopEndpoint shuts an endpoint's Postgres down and ends its agent.
+func (m *Manager) StopEndpoint(ctx context.Context, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+	return m.endEndpoint(ctx, r.Name, (*supervisor).stop)
+}
+
+// KillEndpoint kills agent and Postgres and deletes the endpoint's local folder.
+func (m *Manager) KillEndpoint(ctx context.Context, r *pb.EndpointRequest) (*pb.Endpoint, error) {
+	return m.endEndpoint(ctx, r.Name, (*supervisor).kill)
+}
+
+func (m *Manager) endEndpoint(ctx context.Context, name string, end func(*supervisor, context.Context) error) (*pb.Endpoint, error) {
+	s, err := m.find(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.want(ctx, name, false); err != nil {
+		return nil, err
+	}
+	if err := end(s, ctx); err != nil {
+		return nil, err
+	}
+	return s.status(), nil
+}
+
+// Credentials opens the first password of the endpoint's superuser.
+func (m *Manager) Credentials(ctx context.Context, r *pb.EndpointRequest) (*pb.CredentialsResponse, error) {
+	s, err := m.find(r.Name)
+	if err != nil {
+		return nil, err
+	}
+	password, err := m.openPassword(ctx, s.doc.Project, s.doc.Branch)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CredentialsResponse{User: superuser, Password: password}, nil
+}
+
+// statusTimeout bounds what one silent part can cost a status call.
+const statusTimeout = 2 * time.Second
+
+// ClusterStatus asks every role how it is.
+func (m *Manager) ClusterStatus(ctx context.Context, _ *pb.ClusterStatusRequest) (*pb.ClusterStatusResponse, error) {
+	resp := &pb.ClusterStatusResponse{}
+	ask := func(what string, call func(context.Context) error) {
+		callCtx, cancel := context.WithTimeout(ctx, statusTimeout)
+		defer cancel()
+		if err := call(callCtx); err != nil {
+			resp.Errors = append(resp.Errors, fmt.Sprintf("%s: %v", what, err))
+		}
+	}
+	for i, client := range m.safekeepers {
+		ask("safekeeper at "+m.cfg.Safekeepers[i], func(ctx context.Context) error {
+			st, err := client.Status(ctx, &pb.SafekeeperStatusRequest{})
+			if err == nil {
+				resp.Safekeepers = append(resp.Safekeepers, st)
+			}
+			return err
+		})
+	}
+	ask("pageserver", func(ctx context.Context) (err error) {
+		resp.Pageserver, err = m.pageserver.Status(ctx, &pb.PageServerStatusRequest{})
+		return err
+	})
+	ask("bucket", func(ctx context.Context) error {
+		c, _, err := loadCluster(ctx, m.cfg.Store)
+		if err != nil {
+			return err
+		}
+		for _, p := range c.Projects {
+			ask("key of project "+p.ID, func(ctx context.Context) error {
+				st, err := m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: p.ID})
+				if err == nil {
+					resp.Keys = append(resp.Keys, &pb.ProjectKeyStatus{Project: p.ID, Status: st})
+				}
+				return err
+			})
+		}
+		return nil
+	})
+	list, err := m.ListEndpoints(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp.Endpoints = list.Endpoints
+	return resp, nil
+}

@@ -1,0 +1,261 @@
+package manager
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+)
+
+// States of an endpoint, as users see them.
+const (
+	stateStopped  = "stopped"
+	stateStarting = "starting"
+	stateRunning  = "running"
+	stateFailed   = "failed"
+)
+
+// ExitFenced is the exit status of a compute that a higher epoch has fenced. It is not
+// started again by itself: two computes would take the branch from each other for ever.
+const ExitFenced = 3
+
+// Bounds of a supervised child.
+const (
+	stopGrace      = 30 * time.Second // from SIGTERM to SIGKILL
+	restartBackoff = 500 * time.Millisecond
+	maxBackoff     = 15 * time.Second
+)
+
+// supervisor keeps one endpoint's agent running while it is wanted.
+type supervisor struct {
+	doc     endpointDoc
+	command func() (*exec.Cmd, error) // a fresh command for each start
+	remove  func() error              // deletes the endpoint's local folder
+	log     *slog.Logger
+
+	mu struct {
+		sync.Mutex
+		state   string
+		err     string
+		epoch   uint64
+		process *os.Process
+		changed chan struct{}      // closed and replaced at each change of state
+		cancel  context.CancelFunc // of the running loop; nil: none runs
+		done    chan struct{}      // closed when that loop has ended
+	}
+}
+
+func newSupervisor(doc endpointDoc, command func() (*exec.Cmd, error), remove func() error, log *slog.Logger) *supervisor {
+	s := &supervisor{doc: doc, command: command, remove: remove, log: log.With("endpoint", doc.Name)}
+	s.mu.state = stateStopped
+	s.mu.changed = make(chan struct{})
+	return s
+}
+
+func (s *supervisor) set(state, err string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.state, s.mu.err = state, err
+	close(s.mu.changed)
+	s.mu.changed = make(chan struct{})
+}
+
+// status is the endpoint as users see it.
+func (s *supervisor) status() *pb.Endpoint {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := &pb.Endpoint{Name: s.doc.Name, Project: s.doc.Project, Branch: s.doc.Branch, State: s.mu.state,
+		Url: "postgres://postgres@" + s.doc.Listen + "/postgres", Epoch: s.mu.epoch, Error: s.mu.err}
+	if s.mu.process != nil {
+		e.Pid = int64(s.mu.process.Pid)
+	}
+	return e
+}
+
+// start begins to keep the endpoint running; it does nothing when that is so already.
+func (s *supervisor) start() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.cancel != nil {
+		select {
+		case <-s.mu.done: // the last loop gave up
+		default:
+			return
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.mu.cancel, s.mu.done = cancel, make(chan struct{})
+	s.mu.state, s.mu.err = stateStarting, ""
+	go s.loop(ctx, s.mu.done)
+}
+
+// stop ends the endpoint in order: SIGTERM, and SIGKILL after stopGrace.
+func (s *supervisor) stop(ctx context.Context) error { return s.end(ctx, syscall.SIGTERM) }
+
+// kill ends the endpoint by SIGKILL and deletes its local folder.
+func (s *supervisor) kill(ctx context.Context) error {
+	if err := s.end(ctx, syscall.SIGKILL); err != nil {
+		return err
+	}
+	return s.remove()
+}
+
+func (s *supervisor) end(ctx context.Context, sig syscall.Signal) error {
+	s.mu.Lock()
+	cancel, done, process := s.mu.cancel, s.mu.done, s.mu.process
+	s.mu.Unlock()
+	if cancel == nil {
+		return nil
+	}
+	if process != nil && sig == syscall.SIGKILL {
+		_ = process.Kill() // it may be gone already: done tells
+	}
+	cancel()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for endpoint %s to end: %w", s.doc.Name, ctx.Err())
+	}
+}
+
+// waitReady waits until the endpoint runs or has failed.
+func (s *supervisor) waitReady(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		state, msg, changed := s.mu.state, s.mu.err, s.mu.changed
+		s.mu.Unlock()
+		switch state {
+		case stateRunning:
+			return nil
+		case stateFailed:
+			return fmt.Errorf("endpoint %s: %s", s.doc.Name, msg)
+		case stateStopped:
+			return fmt.Errorf("endpoint %s was stopped", s.doc.Name)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if msg != "" {
+				return fmt.Errorf("endpoint %s is not ready: %s", s.doc.Name, msg)
+			}
+			return fmt.Errorf("endpoint %s is not ready: %w", s.doc.Name, ctx.Err())
+		}
+	}
+}
+
+// loop runs one agent after another until ctx ends or one is fenced.
+func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
+	defer close(done)
+	// A child's parent-death signal is tied to the thread that made it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	backoff := restartBackoff
+	for {
+		began := time.Now()
+		err := s.runOnce(ctx)
+		if ctx.Err() != nil {
+			s.set(stateStopped, "")
+			return
+		}
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == ExitFenced {
+			s.log.Error("fenced by a newer compute on the branch; not started again")
+			s.set(stateFailed, "fenced: a newer compute has opened the branch")
+			return
+		}
+		s.log.Error("the agent ended; starting it again", "error", err, "after", backoff)
+		s.set(stateStarting, err.Error())
+		if time.Since(began) > time.Minute {
+			backoff = restartBackoff
+		}
+		select {
+		case <-time.After(backoff):
+		case <-ctx.Done():
+			s.set(stateStopped, "")
+			return
+		}
+		backoff = min(2*backoff, maxBackoff)
+	}
+}
+
+// runOnce runs one agent to its end. It returns an error always: an agent that nobody
+// stopped has no reason to end.
+func (s *supervisor) runOnce(ctx context.Context) error {
+	cmd, err := s.command()
+	if err != nil {
+		return err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("starting the agent: %w", err)
+	}
+	s.mu.Lock()
+	s.mu.process = cmd.Process
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.mu.process = nil
+		s.mu.Unlock()
+	}()
+	exited := make(chan struct{})
+	go func() {
+		select {
+		case <-ctx.Done():
+		case <-exited:
+			return
+		}
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-time.After(stopGrace):
+			s.log.Warn("the agent did not end in time; killing it", "grace", stopGrace)
+			_ = cmd.Process.Kill()
+		case <-exited:
+		}
+	}()
+	s.readEvents(out)
+	err = cmd.Wait()
+	close(exited)
+	if err == nil {
+		err = errors.New("the agent ended without being asked to")
+	}
+	return err
+}
+
+// event is a line that an agent writes on its standard output.
+type event struct {
+	Event string `json:"event"`
+	Epoch uint64 `json:"epoch"`
+}
+
+func (s *supervisor) readEvents(out io.Reader) {
+	lines := bufio.NewScanner(out)
+	for lines.Scan() {
+		var e event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			s.log.Warn("the agent wrote a line that is no event", "line", lines.Text())
+			continue
+		}
+		if e.Event == "ready" {
+			s.mu.Lock()
+			s.mu.epoch = e.Epoch
+			s.mu.Unlock()
+			s.set(stateRunning, "")
+		}
+	}
+	_, _ = io.Copy(io.Discard, out) // a line too long must not block the agent
+}
