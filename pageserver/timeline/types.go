@@ -1,0 +1,44 @@
+package timeline
+
+import (
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+)
+
+// ValueKind says what a version's data is.
+type ValueKind uint8
+
+// The kinds of versions.
+const (
+	// Image is the whole value: a page, a size, a file.
+	Image ValueKind = iota + 1
+	// Init is a WAL record that makes the page from nothing: older versions are not needed.
+	Init
+	// Delta is a WAL record that changes the page that the older versions make.
+	Delta
+	// Tombstone says that the thing exists no longer; it has no data.
+	Tombstone
+)
+
+// Value is one version of the thing that a key names.
+type Value struct {
+	LSN  pg.LSN // of the WAL record's end: it is visible to reads at this LSN and later
+	Kind ValueKind
+	Data []byte
+}
+
+// Entry is a Value under its key.
+type Entry struct {
+	Key keyspace.Key
+	Value
+}
+
+// History is what a thing's value at an LSN is made of: an optional base, then changes in
+// the order of their LSNs.
+type History struct {
+	Base    *Value  // an Image or Init; nil if there is none, or it is behind a Tombstone
+	Changes []Value // Deltas above the base
+}
+
+// Exists tells whether the thing has any version that counts.
+func (h *History) Exists() bool { return h.Base != nil || len(h.Changes) > 0 }
