@@ -1,0 +1,195 @@
+// Package keyringtest is a key ring without a key manager, for the tests of the packages
+// that use one: keys are wrapped under a random key of the ring, bound to their contexts, and
+// Revoke and Restore act as the customer's hand on the KMS.
+package keyringtest
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"fmt"
+	"sync"
+
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/seal"
+)
+
+// Ring is a keyring.Ring that lives in one process.
+type Ring struct {
+	kek cipher.AEAD
+
+	mu struct {
+		sync.Mutex
+		err      error // what Generate and Open answer now; nil: they work
+		closed   bool
+		keys     map[string][]*seal.Key // given out, by project
+		shred    map[string]map[int]func(error)
+		nextID   int
+		opened   int
+		generate int
+	}
+}
+
+var _ keyring.Ring = (*Ring)(nil)
+
+// New makes a ring of its own: what another one wrapped does not open.
+func New() *Ring {
+	raw := make([]byte, seal.KeySize)
+	rand.Read(raw)
+	block, err := aes.NewCipher(raw)
+	if err != nil {
+		panic(err) // the size is right
+	}
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		panic(err) // AES has GCM's block size
+	}
+	r := &Ring{kek: aead}
+	r.mu.keys = make(map[string][]*seal.Key)
+	r.mu.shred = make(map[string]map[int]func(error))
+	return r
+}
+
+// Revoke does what a disabled CMK does, at once: all keys given out are wiped, the OnShred
+// functions run, and nothing opens until Restore.
+func (r *Ring) Revoke() { r.end(fmt.Errorf("test: %w", keyring.ErrRevoked)) }
+
+// Cut does what losing the key manager past the lease's end does; until Restore.
+func (r *Ring) Cut() { r.end(fmt.Errorf("test: %w", keyring.ErrUnreachable)) }
+
+// Restore makes Generate and Open work again. Keys that were wiped stay so.
+func (r *Ring) Restore() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.err = nil
+}
+
+// Calls is how many keys were made and opened.
+func (r *Ring) Calls() (generated, opened int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.generate, r.mu.opened
+}
+
+func (r *Ring) end(reason error) {
+	r.mu.Lock()
+	r.mu.err = reason
+	for _, keys := range r.mu.keys {
+		for _, k := range keys {
+			k.Wipe()
+		}
+	}
+	var fns []func(error)
+	for _, byID := range r.mu.shred {
+		for _, fn := range byID {
+			fns = append(fns, fn)
+		}
+	}
+	clear(r.mu.keys)
+	clear(r.mu.shred)
+	r.mu.Unlock()
+	for _, fn := range fns {
+		fn(reason)
+	}
+}
+
+// Generate implements keyring.Ring.
+func (r *Ring) Generate(ctx context.Context, c seal.Context) (*seal.Key, []byte, error) {
+	if err := r.usable(ctx, c); err != nil {
+		return nil, nil, err
+	}
+	raw := make([]byte, seal.KeySize)
+	nonce := make([]byte, r.kek.NonceSize())
+	rand.Read(raw)
+	rand.Read(nonce)
+	wrapped := r.kek.Seal(nonce, nonce, raw, c.AppendTo(nil))
+	k, err := seal.NewKey(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return k, wrapped, r.track(c, k, true)
+}
+
+// Open implements keyring.Ring.
+func (r *Ring) Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.Key, error) {
+	if err := r.usable(ctx, c); err != nil {
+		return nil, err
+	}
+	n := r.kek.NonceSize()
+	if len(wrapped) < n {
+		return nil, fmt.Errorf("unwrapping the key of %s: %d bytes", c, len(wrapped))
+	}
+	raw, err := r.kek.Open(nil, wrapped[:n], wrapped[n:], c.AppendTo(nil))
+	if err != nil {
+		return nil, fmt.Errorf("unwrapping the key of %s: it was wrapped for something else, or elsewhere, or is damaged", c)
+	}
+	k, err := seal.NewOpenKey(raw)
+	if err != nil {
+		return nil, err
+	}
+	return k, r.track(c, k, false)
+}
+
+func (r *Ring) usable(ctx context.Context, c seal.Context) error {
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.closed {
+		return fmt.Errorf("test: the ring was closed: %w", keyring.ErrUnreachable)
+	}
+	if r.mu.err != nil {
+		return r.mu.err
+	}
+	return ctx.Err()
+}
+
+// track remembers a key to wipe; the ring may have been revoked since the call began.
+func (r *Ring) track(c seal.Context, k *seal.Key, generated bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.err != nil {
+		k.Wipe()
+		return r.mu.err
+	}
+	if generated {
+		r.mu.generate++
+	} else {
+		r.mu.opened++
+	}
+	r.mu.keys[c.Project] = append(r.mu.keys[c.Project], k)
+	return nil
+}
+
+// OnShred implements keyring.Ring.
+func (r *Ring) OnShred(project string, fn func(reason error)) (cancel func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	id := r.mu.nextID
+	r.mu.nextID++
+	if r.mu.shred[project] == nil {
+		r.mu.shred[project] = make(map[int]func(error))
+	}
+	r.mu.shred[project][id] = fn
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.mu.shred[project], id)
+	}
+}
+
+// Close implements keyring.Ring: it wipes, and calls no OnShred function.
+func (r *Ring) Close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.closed = true
+	for _, keys := range r.mu.keys {
+		for _, k := range keys {
+			k.Wipe()
+		}
+	}
+	clear(r.mu.keys)
+	clear(r.mu.shred)
+}
