@@ -44,8 +44,10 @@ type Block struct {
 	HasImage   bool
 	ApplyImage bool // the image is to be restored, not only compared with (BKPIMAGE_APPLY)
 
-	image      []byte // as stored
-	holeOffset uint16
-	holeLength uint16
-	bimgInfo   uint8
+	image       []byte // as stored
+	dataLength  uint16
+	imageLength uint16
+	holeOffset  uint16
+	holeLength  uint16
+	bimgInfo    uint8
 }

@@ -51,7 +51,7 @@ func impliedVM(rec *walrec.Record, emit func(VMClear)) error {
 		return err
 	}
 	for _, c := range [...]struct {
-		id   int
+		id   uint8
 		bits uint8
 	}{{ref, bits}, {0, second}} {
 		if c.bits == 0 {
@@ -68,7 +68,7 @@ func impliedVM(rec *walrec.Record, emit func(VMClear)) error {
 
 // vmFlags tells which bits are cleared for block reference ref, and which besides
 // for block reference 0, the new page of an update.
-func vmFlags(rec *walrec.Record) (ref int, bits, second uint8, err error) {
+func vmFlags(rec *walrec.Record) (ref uint8, bits, second uint8, err error) {
 	pick := func(flags, flag, value uint8) uint8 {
 		if flags&flag != 0 {
 			return value
