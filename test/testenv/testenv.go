@@ -1,0 +1,73 @@
+// Package testenv says what a test needs of the machine. Where it is missing the test is
+// skipped with the reason, or, with HOLDFAST_REQUIRE=1 (`make test`), fails.
+package testenv
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/holdfastdb/holdfast/test/pgtools"
+	"github.com/holdfastdb/holdfast/test/proc"
+)
+
+func missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("HOLDFAST_REQUIRE") != "" {
+		t.Fatalf("missing: "+format, args...)
+	}
+	t.Skipf("missing: "+format, args...)
+}
+
+// NeedPostgres needs the programs of stock PostgreSQL 15.
+func NeedPostgres(t testing.TB) {
+	t.Helper()
+	if _, err := pgtools.Dir(); err != nil {
+		missing(t, "%v", err)
+	}
+}
+
+// NeedFUSE needs a kernel that mounts.
+func NeedFUSE(t testing.TB) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		missing(t, "%v: `modprobe fuse`, or in a container: --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined", err)
+		return
+	}
+	f.Close()
+}
+
+// NeedRoot needs the right to mount small file systems.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		missing(t, "root, to mount file systems that are full")
+	}
+}
+
+// TempDir is a folder on disk for servers that run as other users. It is removed with the
+// test, and what is still mounted in it; a failed test's folder stays if HOLDFAST_KEEP is set.
+func TempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(os.Getenv("HOLDFAST_TMP"), "hf-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() && os.Getenv("HOLDFAST_KEEP") != "" {
+			t.Logf("kept: %s", dir)
+			return
+		}
+		if err := proc.RemoveAll(dir); err != nil {
+			t.Errorf("removing %s: %v", dir, err)
+		}
+	})
+	return dir
+}
