@@ -11,7 +11,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: internal/api/pb/holdfast.proto
+// source: holdfast.proto
 
 package pb
 
@@ -286,7 +286,7 @@ var KeyManager_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -297,6 +297,7 @@ const (
 	Safekeeper_ReportDurable_FullMethodName = "/holdfast.v1.Safekeeper/ReportDurable"
 	Safekeeper_Status_FullMethodName        = "/holdfast.v1.Safekeeper/Status"
 	Safekeeper_Raft_FullMethodName          = "/holdfast.v1.Safekeeper/Raft"
+	Safekeeper_Hello_FullMethodName         = "/holdfast.v1.Safekeeper/Hello"
 )
 
 // SafekeeperClient is the client API for Safekeeper service.
@@ -322,6 +323,9 @@ type SafekeeperClient interface {
 	// Raft carries Raft messages between replicas; each is a marshalled raftpb.Message
 	// with the group it belongs to.
 	Raft(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RaftMessage, RaftAck], error)
+	// Hello makes a replica known to a peer. A replica whose disk was lost comes with a new
+	// incarnation; it takes part in votes again only by what the answers tell it.
+	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
 }
 
 type safekeeperClient struct {
@@ -417,6 +421,16 @@ func (c *safekeeperClient) Raft(ctx context.Context, opts ...grpc.CallOption) (g
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Safekeeper_RaftClient = grpc.BidiStreamingClient[RaftMessage, RaftAck]
 
+func (c *safekeeperClient) Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HelloResponse)
+	err := c.cc.Invoke(ctx, Safekeeper_Hello_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SafekeeperServer is the server API for Safekeeper service.
 // All implementations must embed UnimplementedSafekeeperServer
 // for forward compatibility.
@@ -440,6 +454,9 @@ type SafekeeperServer interface {
 	// Raft carries Raft messages between replicas; each is a marshalled raftpb.Message
 	// with the group it belongs to.
 	Raft(grpc.BidiStreamingServer[RaftMessage, RaftAck]) error
+	// Hello makes a replica known to a peer. A replica whose disk was lost comes with a new
+	// incarnation; it takes part in votes again only by what the answers tell it.
+	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	mustEmbedUnimplementedSafekeeperServer()
 }
 
@@ -470,6 +487,9 @@ func (UnimplementedSafekeeperServer) Status(context.Context, *SafekeeperStatusRe
 }
 func (UnimplementedSafekeeperServer) Raft(grpc.BidiStreamingServer[RaftMessage, RaftAck]) error {
 	return status.Error(codes.Unimplemented, "method Raft not implemented")
+}
+func (UnimplementedSafekeeperServer) Hello(context.Context, *HelloRequest) (*HelloResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Hello not implemented")
 }
 func (UnimplementedSafekeeperServer) mustEmbedUnimplementedSafekeeperServer() {}
 func (UnimplementedSafekeeperServer) testEmbeddedByValue()                    {}
@@ -589,6 +609,24 @@ func _Safekeeper_Raft_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Safekeeper_RaftServer = grpc.BidiStreamingServer[RaftMessage, RaftAck]
 
+func _Safekeeper_Hello_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HelloRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SafekeeperServer).Hello(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Safekeeper_Hello_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SafekeeperServer).Hello(ctx, req.(*HelloRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Safekeeper_ServiceDesc is the grpc.ServiceDesc for Safekeeper service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -612,6 +650,10 @@ var Safekeeper_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _Safekeeper_Status_Handler,
 		},
+		{
+			MethodName: "Hello",
+			Handler:    _Safekeeper_Hello_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -632,7 +674,7 @@ var Safekeeper_ServiceDesc = grpc.ServiceDesc{
 			ClientStreams: true,
 		},
 	},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -970,7 +1012,7 @@ var PageServer_ServiceDesc = grpc.ServiceDesc{
 			ClientStreams: true,
 		},
 	},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -1270,5 +1312,5 @@ var Manager_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
