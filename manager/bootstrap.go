@@ -2,6 +2,7 @@ package manager
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -48,7 +49,8 @@ func (m *Manager) bootstrap(ctx context.Context) (*cluster, error) {
 		return c, nil
 	}
 	branch := branchDoc{ID: newID(), Project: project.ID, Name: "main"}
-	endpoint := endpointDoc{Name: firstEndpoint, Project: project.ID, Branch: branch.ID, Listen: m.cfg.EndpointListen, Running: true}
+	endpoint := endpointDoc{Name: firstEndpoint, Project: project.ID, Branch: branch.ID, Running: true,
+		Listen: cmp.Or(m.cfg.EndpointListen, DefaultListen)}
 	password, generated, err := m.firstPassword()
 	if err != nil {
 		return nil, err
@@ -103,21 +105,49 @@ func (m *Manager) initBranch(ctx context.Context, endpoint endpointDoc, password
 	if err := config.Save(file, m.computeConfig(endpoint, dir)); err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer removeDir(dir)
 	defer os.Remove(file)
 	runtime.LockOSThread() // the child's parent-death signal is tied to this thread
 	defer runtime.UnlockOSThread()
 	cmd := m.child("compute", "--init", "--config", file)
 	cmd.Stdin = strings.NewReader(password + "\n")
+	log := childLog{path: filepath.Join(m.cfg.LogDir, "initdb.log")}
+	closeLog, err := log.attach(cmd)
+	if err != nil {
+		return err
+	}
+	defer closeLog()
 	if err := cmd.Start(); err != nil {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	defer stop()
 	if err := cmd.Wait(); err != nil {
-		return errors.Join(err, ctx.Err())
+		return errors.Join(log.explain(err), ctx.Err())
 	}
 	return nil
+}
+
+// adoptFirst applies what the user of `holdfast up` asks of the first endpoint.
+func (m *Manager) adoptFirst(ctx context.Context) (*cluster, error) {
+	return updateCluster(ctx, m.cfg.Store, func(c *cluster) error {
+		e := c.endpoint(firstEndpoint)
+		if e == nil {
+			return nil
+		}
+		e.Running = true
+		e.Listen = cmp.Or(m.cfg.EndpointListen, e.Listen)
+		return nil
+	})
+}
+
+// URL is where the first endpoint takes connections.
+func (m *Manager) URL() (string, error) {
+	s, err := m.find(firstEndpoint)
+	if err != nil {
+		return "", err
+	}
+	return s.status().Url, nil
 }
 
 func passwordKey(project, branch string) string {

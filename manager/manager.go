@@ -40,7 +40,14 @@ type Config struct {
 	// Created is told the superuser's generated password, once, when the first branch
 	// is made. May be nil.
 	Created func(password string)
+	// Interactive is for `holdfast up`: Start makes the first endpoint run even if it was
+	// stopped, and moves it to EndpointListen unless that is empty.
+	Interactive bool
 }
+
+// DefaultListen is where the first endpoint's Postgres listens unless EndpointListen says
+// otherwise.
+const DefaultListen = "127.0.0.1:55432"
 
 // Manager serves pb.Manager.
 type Manager struct {
@@ -68,6 +75,9 @@ func New(cfg Config) (*Manager, error) {
 	}
 	if cfg.Created == nil {
 		cfg.Created = func(string) {}
+	}
+	if cfg.LogDir == "" {
+		cfg.LogDir = cfg.Dir
 	}
 	m := &Manager{cfg: cfg}
 	m.mu.endpoints = make(map[string]*supervisor)
@@ -111,6 +121,11 @@ func (m *Manager) Start(ctx context.Context) error {
 	c, err := m.bootstrap(ctx)
 	if err != nil {
 		return err
+	}
+	if m.cfg.Interactive {
+		if c, err = m.adoptFirst(ctx); err != nil {
+			return err
+		}
 	}
 	if err := m.attachAll(ctx, c); err != nil {
 		return err
@@ -192,13 +207,17 @@ func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 		}
 		return m.child("compute", "--config", file), nil
 	}
-	return newSupervisor(doc, command, func() error { return os.RemoveAll(dir) }, m.cfg.Log)
+	return newSupervisor(doc, supervised{
+		command: command,
+		log:     childLog{path: filepath.Join(m.cfg.LogDir, "endpoint-"+doc.Name+".log")},
+		remove:  func() error { return removeDir(dir) },
+		tell:    m.cfg.Progress,
+	}, m.cfg.Log)
 }
 
 // child is a command of this binary that dies with this process.
 func (m *Manager) child(args ...string) *exec.Cmd {
 	cmd := exec.Command(m.cfg.Executable, args...)
-	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Pdeathsig: syscall.SIGKILL,
 		Setpgid:   true, // a terminal's Ctrl-C is for the manager, which stops its children in order

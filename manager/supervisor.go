@@ -37,12 +37,19 @@ const (
 	maxBackoff     = 15 * time.Second
 )
 
+// supervised is what a supervisor runs.
+type supervised struct {
+	command func() (*exec.Cmd, error) // a fresh command for each start
+	log     childLog                  // takes its standard error
+	remove  func() error              // deletes the endpoint's local folder
+	tell    func(string)              // is told, in words for the user, why it does not run
+}
+
 // supervisor keeps one endpoint's agent running while it is wanted.
 type supervisor struct {
-	doc     endpointDoc
-	command func() (*exec.Cmd, error) // a fresh command for each start
-	remove  func() error              // deletes the endpoint's local folder
-	log     *slog.Logger
+	doc   endpointDoc
+	child supervised
+	log   *slog.Logger
 
 	mu struct {
 		sync.Mutex
@@ -56,8 +63,8 @@ type supervisor struct {
 	}
 }
 
-func newSupervisor(doc endpointDoc, command func() (*exec.Cmd, error), remove func() error, log *slog.Logger) *supervisor {
-	s := &supervisor{doc: doc, command: command, remove: remove, log: log.With("endpoint", doc.Name)}
+func newSupervisor(doc endpointDoc, child supervised, log *slog.Logger) *supervisor {
+	s := &supervisor{doc: doc, child: child, log: log.With("endpoint", doc.Name)}
 	s.mu.state = stateStopped
 	s.mu.changed = make(chan struct{})
 	return s
@@ -108,7 +115,7 @@ func (s *supervisor) kill(ctx context.Context) error {
 	if err := s.end(ctx, syscall.SIGKILL); err != nil {
 		return err
 	}
-	return s.remove()
+	return s.child.remove()
 }
 
 func (s *supervisor) end(ctx context.Context, sig syscall.Signal) error {
@@ -172,14 +179,16 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) && exit.ExitCode() == ExitFenced {
 			s.log.Error("fenced by a newer compute on the branch; not started again")
+			s.child.tell(fmt.Sprintf("endpoint %s was fenced: a newer compute has opened its branch", s.doc.Name))
 			s.set(stateFailed, "fenced: a newer compute has opened the branch")
 			return
 		}
-		s.log.Error("the agent ended; starting it again", "error", err, "after", backoff)
-		s.set(stateStarting, err.Error())
 		if time.Since(began) > time.Minute {
 			backoff = restartBackoff
 		}
+		s.log.Error("the agent ended; starting it again", "error", err, "after", backoff)
+		s.child.tell(fmt.Sprintf("endpoint %s ended: %v; starting it again", s.doc.Name, err))
+		s.set(stateStarting, err.Error())
 		select {
 		case <-time.After(backoff):
 		case <-ctx.Done():
@@ -193,10 +202,15 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 // runOnce runs one agent to its end. It returns an error always: an agent that nobody
 // stopped has no reason to end.
 func (s *supervisor) runOnce(ctx context.Context) error {
-	cmd, err := s.command()
+	cmd, err := s.child.command()
 	if err != nil {
 		return err
 	}
+	closeLog, err := s.child.log.attach(cmd)
+	if err != nil {
+		return err
+	}
+	defer closeLog()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return err
@@ -231,9 +245,9 @@ func (s *supervisor) runOnce(ctx context.Context) error {
 	err = cmd.Wait()
 	close(exited)
 	if err == nil {
-		err = errors.New("the agent ended without being asked to")
+		return errors.New("the agent ended without being asked to")
 	}
-	return err
+	return s.child.log.explain(err)
 }
 
 // event is a line that an agent writes on its standard output.

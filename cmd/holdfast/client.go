@@ -82,14 +82,14 @@ func newPsql() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return runPsql(cmd, url, password, psqlArgs)
+			return runPsql(url, password, psqlArgs)
 		},
 	}
 }
 
 // runPsql hands the password over in a file that only this user can read and that is gone
 // when psql ends: arguments and environments are visible to more.
-func runPsql(cmd *cobra.Command, url, password string, args []string) error {
+func runPsql(url, password string, args []string) error {
 	pass, err := os.CreateTemp(shmDir(), "holdfast-pgpass-")
 	if err != nil {
 		return err
@@ -102,9 +102,12 @@ func runPsql(cmd *cobra.Command, url, password string, args []string) error {
 	if err := pass.Close(); err != nil {
 		return err
 	}
-	psql := exec.CommandContext(cmd.Context(), "psql", append([]string{url}, args...)...)
-	// Ctrl-C is psql's, to cancel a query; psql ends by itself when its input does.
-	psql.Cancel = func() error { return nil }
+	program, err := exec.LookPath("psql")
+	if err != nil {
+		return fmt.Errorf("%w: install PostgreSQL's client programs (Debian, Ubuntu: apt-get install postgresql-client)", err)
+	}
+	// Ctrl-C is psql's, to cancel a query: it ends by itself when its input does.
+	psql := exec.Command(program, append([]string{url}, args...)...)
 	psql.Stdin, psql.Stdout, psql.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if os.Getenv("PGPASSWORD") == "" {
 		psql.Env = append(os.Environ(), "PGPASSFILE="+pass.Name())
@@ -139,7 +142,7 @@ func findEndpoint(ctx context.Context, m pb.ManagerClient, name string) (*pb.End
 }
 
 func newEndpoint() *cobra.Command {
-	group := &cobra.Command{Use: "endpoint", Short: "List, start, stop and kill endpoints"}
+	group := newGroup("endpoint", "List, start, stop and kill endpoints")
 	group.AddCommand(&cobra.Command{
 		Use: "list", Short: "List the endpoints", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

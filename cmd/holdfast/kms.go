@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -14,7 +15,7 @@ import (
 // newKMS is the development KMS's console: it works on the KMS's own file and asks no role
 // of Holdfast, as a customer's console would not.
 func newKMS() *cobra.Command {
-	group := &cobra.Command{Use: "kms", Short: "The local development KMS, as the customer's own console"}
+	group := newGroup("kms", "The local development KMS, as the customer's own console")
 	group.AddCommand(&cobra.Command{
 		Use: "list", Short: "List the keys", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -25,6 +26,7 @@ func newKMS() *cobra.Command {
 			return printKeys(cmd, kms)
 		},
 	})
+	group.AddCommand(newKMSCreate())
 	for _, c := range []struct {
 		name, short string
 		act         func(*localkms.KMS, string) error
@@ -52,6 +54,30 @@ func newKMS() *cobra.Command {
 		})
 	}
 	return group
+}
+
+// newKMSCreate makes the KMS for roles that run one by one; `holdfast up` does it by itself.
+func newKMSCreate() *cobra.Command {
+	return &cobra.Command{
+		Use: "create KEY", Short: "Make a key, and the development KMS if there is none", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			l, err := layoutOf(cmd)
+			if err != nil {
+				return err
+			}
+			if err := os.MkdirAll(filepath.Dir(l.localKMS()), 0o700); err != nil {
+				return err
+			}
+			kms, err := localkms.Open(l.localKMS())
+			if err != nil {
+				return err
+			}
+			if err := kms.Create(args[0]); err != nil {
+				return err
+			}
+			return printKeys(cmd, kms)
+		},
+	}
 }
 
 func openKMS(cmd *cobra.Command) (*localkms.KMS, error) {

@@ -89,8 +89,8 @@ func (l layout) pageserverConfig() *config.Pageserver {
 		Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs()}
 }
 
-func (l layout) managerConfig(listen, passwordFile string) *config.Manager {
-	return &config.Manager{Listen: l.socket("manager"), Dir: l.path("manager"), ComputeDir: l.path("compute"), Bucket: l.bucket(),
-		Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs(), Pageserver: l.socket("pageserver"),
-		CMK: cmk, EndpointListen: listen, PasswordFile: passwordFile}
+func (l layout) managerConfig(f upFlags) *config.Manager {
+	return &config.Manager{Listen: l.socket("manager"), Dir: l.path("manager"), ComputeDir: l.path("compute"), LogDir: l.path("log"),
+		Bucket: l.bucket(), Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs(), Pageserver: l.socket("pageserver"),
+		CMK: cmk, EndpointListen: f.listen, PasswordFile: f.passwordFile, Settings: f.settings, CacheBytes: f.cacheBytes}
 }

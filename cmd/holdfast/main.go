@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -38,6 +39,25 @@ type exitError struct {
 
 func (e *exitError) Error() string { return fmt.Sprintf("exit status %d: %v", e.status, e.err) }
 func (e *exitError) Unwrap() error { return e.err }
+
+// newGroup is a command that only holds others: without one of them, or with a word that
+// is none of them, it says what there is.
+func newGroup(name, short string) *cobra.Command {
+	return &cobra.Command{
+		Use: name, Short: short,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var names []string
+			for _, c := range cmd.Commands() {
+				names = append(names, c.Name())
+			}
+			have := strings.Join(names, ", ")
+			if len(args) == 0 {
+				return fmt.Errorf("%s needs one of: %s", name, have)
+			}
+			return fmt.Errorf("%s does not know %q; it knows: %s", name, args[0], have)
+		},
+	}
+}
 
 func newRoot() *cobra.Command {
 	root := &cobra.Command{

@@ -171,24 +171,24 @@ func startPageserver(cfg *config.Pageserver, log *slog.Logger) (*service, error)
 }
 
 // startManager also runs what the manager runs: it returns when the endpoints are ready.
-func startManager(ctx context.Context, cfg *config.Manager, log *slog.Logger, progress, created func(string)) (*service, error) {
+func startManager(ctx context.Context, cfg *config.Manager, interactive bool, log *slog.Logger, progress func(string)) (*service, *manager.Manager, error) {
 	s := &service{}
 	store, err := openBucket(cfg.Bucket)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ring, err := s.openRing(cfg.Keymgr, "manager")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	exe, err := os.Executable()
 	if err != nil {
-		return nil, errors.Join(err, s.close())
+		return nil, nil, errors.Join(err, s.close())
 	}
 	m, err := manager.New(manager.Config{Manager: *cfg, Store: store, Ring: ring, Executable: exe,
-		Log: log.With("role", "manager"), Progress: progress, Created: created})
+		Log: log.With("role", "manager"), Progress: progress, Created: printPassword, Interactive: interactive})
 	if err != nil {
-		return nil, errors.Join(err, s.close())
+		return nil, nil, errors.Join(err, s.close())
 	}
 	s.onClose(func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -196,12 +196,12 @@ func startManager(ctx context.Context, cfg *config.Manager, log *slog.Logger, pr
 		return m.Close(ctx)
 	})
 	if err := s.serve(cfg.Listen, m.Register); err != nil {
-		return nil, errors.Join(err, s.close())
+		return nil, nil, errors.Join(err, s.close())
 	}
 	if err := m.Start(ctx); err != nil {
-		return nil, errors.Join(err, s.close())
+		return nil, nil, errors.Join(err, s.close())
 	}
-	return s, nil
+	return s, m, nil
 }
 
 func newLogger() *slog.Logger { return slog.New(slog.NewTextHandler(os.Stderr, nil)) }
@@ -255,7 +255,8 @@ func newRoles() []*cobra.Command {
 			if err := config.Load(file, &cfg); err != nil {
 				return nil, err
 			}
-			return startManager(ctx, &cfg, newLogger(), func(s string) { fmt.Fprintln(os.Stderr, s) }, printPassword)
+			s, _, err := startManager(ctx, &cfg, false, newLogger(), func(s string) { fmt.Fprintln(os.Stderr, s) })
+			return s, err
 		}),
 		newCompute(),
 	}

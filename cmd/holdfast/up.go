@@ -4,18 +4,25 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
+	"github.com/holdfastdb/holdfast/manager"
 )
 
 func newUp() *cobra.Command {
-	var listen, passwordFile string
+	var f upFlags
+	var settings []string
+	var cacheSize string
 	cmd := &cobra.Command{
 		Use:   "up",
 		Short: "Run a whole cluster in the foreground, over one directory",
@@ -29,17 +36,65 @@ order; started again over the same directory it has all data.`,
 			if err != nil {
 				return err
 			}
-			return runUp(cmd, l, listen, passwordFile)
+			if f.settings, err = parseSettings(settings); err != nil {
+				return err
+			}
+			if f.cacheBytes, err = parseSize(cacheSize); err != nil {
+				return fmt.Errorf("--cache-size: %w", err)
+			}
+			return runUp(cmd, l, f)
 		},
 	}
-	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:55432", "where the first endpoint's Postgres listens")
-	cmd.Flags().StringVar(&passwordFile, "password-file", "", "file with the superuser's first password (else one is made and printed once)")
+	flags := cmd.Flags()
+	flags.StringVar(&f.listen, "listen", "", "HOST:PORT where the first endpoint's Postgres listens (default "+manager.DefaultListen+", then as the last time)")
+	flags.StringVar(&f.passwordFile, "password-file", "", "file with the superuser's first password (else one is made and printed once)")
+	flags.StringArrayVar(&settings, "set", nil, "NAME=VALUE, a postgresql.conf setting of the endpoints; may be repeated")
+	flags.StringVar(&cacheSize, "cache-size", "", "size of an endpoint's local sealed store, such as 4GB")
 	return cmd
 }
 
-func runUp(cmd *cobra.Command, l layout, listen, passwordFile string) error {
-	if _, _, err := net.SplitHostPort(listen); err != nil {
-		return fmt.Errorf("--listen %q: want HOST:PORT: %w", listen, err)
+// upFlags is what a user may choose for a whole cluster; zero values mean the default.
+type upFlags struct {
+	listen       string
+	passwordFile string
+	settings     map[string]string
+	cacheBytes   int64
+}
+
+func parseSettings(list []string) (map[string]string, error) {
+	settings := make(map[string]string, len(list))
+	for _, s := range list {
+		name, value, ok := strings.Cut(s, "=")
+		if name = strings.TrimSpace(name); !ok || name == "" {
+			return nil, fmt.Errorf("--set %q: want NAME=VALUE, as in --set work_mem=64MB", s)
+		}
+		settings[name] = strings.TrimSpace(value)
+	}
+	return settings, nil
+}
+
+// parseSize reads a number of bytes with PostgreSQL's units; empty is 0.
+func parseSize(s string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	digits := strings.TrimRight(s, "kMGTB ")
+	shift, ok := map[string]uint{"": 0, "B": 0, "kB": 10, "MB": 20, "GB": 30, "TB": 40}[strings.TrimSpace(s[len(digits):])]
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || !ok || n <= 0 || n > math.MaxInt64>>shift {
+		return 0, fmt.Errorf("%q is no size: want a number above 0, with kB, MB, GB or TB", s)
+	}
+	return n << shift, nil
+}
+
+func runUp(cmd *cobra.Command, l layout, f upFlags) error {
+	if f.listen != "" {
+		if err := checkListen(f.listen); err != nil {
+			return err
+		}
+	}
+	if err := checkFUSE(); err != nil {
+		return err
 	}
 	// Endpoints run as another user below this folder: it may be passed through, not read.
 	if err := os.MkdirAll(l.dir, 0o711); err != nil {
@@ -60,6 +115,7 @@ func runUp(cmd *cobra.Command, l layout, listen, passwordFile string) error {
 	}
 	defer closeLog()
 
+	var url string
 	var services []*service
 	closeAll := func() error {
 		var errs []error
@@ -84,7 +140,10 @@ func runUp(cmd *cobra.Command, l layout, listen, passwordFile string) error {
 		err = add(startPageserver(l.pageserverConfig(), log))
 	}
 	if err == nil {
-		err = add(startManager(ctx, l.managerConfig(listen, passwordFile), log, progress, printPassword))
+		s, m, startErr := startManager(ctx, l.managerConfig(f), true, log, progress)
+		if err = add(s, startErr); err == nil {
+			url, err = m.URL()
+		}
 	}
 	if err != nil {
 		closeErr := closeAll()
@@ -93,7 +152,7 @@ func runUp(cmd *cobra.Command, l layout, listen, passwordFile string) error {
 		}
 		return errors.Join(err, closeErr)
 	}
-	fmt.Printf("ready: postgres://postgres@%s/postgres\n", listen)
+	fmt.Println("ready:", url)
 	failed := make(chan error, len(services))
 	for _, s := range services {
 		go func() { failed <- <-s.failed }()
@@ -104,6 +163,35 @@ func runUp(cmd *cobra.Command, l layout, listen, passwordFile string) error {
 	case err = <-failed:
 	}
 	return errors.Join(err, closeAll())
+}
+
+// checkListen finds out early, and in words, that an address cannot be had.
+func checkListen(listen string) error {
+	if _, _, err := net.SplitHostPort(listen); err != nil {
+		return fmt.Errorf("--listen %q: want HOST:PORT: %w", listen, err)
+	}
+	// A Postgres of this cluster that was killed a moment ago may still be on its way out.
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		s, err := net.Listen("tcp", listen)
+		if err == nil {
+			return s.Close()
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Now().After(deadline) {
+			return fmt.Errorf("--listen %s: %w", listen, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// checkFUSE finds out early, and in words, that this machine cannot mount.
+func checkFUSE() error {
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err == nil {
+		return f.Close()
+	}
+	return fmt.Errorf("%w: an endpoint's data directory is a FUSE mount. On a machine of your own: sudo modprobe fuse. "+
+		"In a container: start it with --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined", err)
 }
 
 // lockDir keeps a second cluster from the same directory. The lock ends with the process,
@@ -135,6 +223,9 @@ func makeLocalKey(l layout) error {
 	}
 	if len(keys) > 0 {
 		return nil
+	}
+	if held, err := os.ReadDir(l.bucket()); err == nil && len(held) > 0 {
+		return fmt.Errorf("the development KMS %s has no key, but %s holds data: without the keys that were there it cannot be read; put the file back, or use another --data", l.localKMS(), l.bucket())
 	}
 	return kms.Create(cmk)
 }

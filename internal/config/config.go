@@ -49,6 +49,7 @@ type Manager struct {
 	Listen         string            `yaml:"listen"`
 	Dir            string            `yaml:"dir"`         // configuration files of the endpoints
 	ComputeDir     string            `yaml:"compute_dir"` // folders of the endpoints; nothing in them is durable
+	LogDir         string            `yaml:"log_dir"`     // the agents' logs; empty: dir
 	Bucket         string            `yaml:"bucket"`
 	Keymgr         string            `yaml:"keymgr"`
 	Safekeepers    []string          `yaml:"safekeepers"`

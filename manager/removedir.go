@@ -1,0 +1,48 @@
+package manager
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+)
+
+// removeDir deletes an endpoint's local folder after its agent's end. An agent that was
+// killed leaves its mount behind, dead: that goes first.
+func removeDir(dir string) error {
+	mounts, err := mountsBelow(dir)
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		if err := syscall.Unmount(m, syscall.MNT_DETACH); err == nil {
+			continue
+		}
+		// Users other than root unmount through FUSE's own helper.
+		if out, err := exec.Command("fusermount3", "-u", "-z", m).CombinedOutput(); err != nil {
+			return fmt.Errorf("unmounting %s, left behind by a killed endpoint: %w: %s", m, err, strings.TrimSpace(string(out)))
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// mountsBelow lists the mount points in dir, the newest first.
+func mountsBelow(dir string) ([]string, error) {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("listing mounts: %w", err)
+	}
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	var found []string
+	for line := range strings.Lines(string(data)) {
+		f := strings.Fields(line)
+		if len(f) < 5 {
+			continue
+		}
+		if at := unescape.Replace(f[4]); at == dir || strings.HasPrefix(at, dir+"/") {
+			found = append([]string{at}, found...)
+		}
+	}
+	return found, nil
+}
