@@ -1,0 +1,56 @@
+# Two commands: `make run` and `make test`. The rest are parts of them, and longer runs.
+
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
+export GOFLAGS ?= -trimpath
+
+# Tests that run whole clusters, one after another: they share the machine.
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/smoke
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|smoke)$$')
+
+.PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test
+
+run: setup-run build ## a cluster over ./data, then psql in it
+	@scripts/run.sh $(ARGS)
+
+test: setup-test ## everything that must hold
+	@scripts/test.sh
+
+build: ## bin/holdfast
+	@go build -o bin/holdfast ./cmd/holdfast
+
+lint: fmt vet staticcheck vuln
+
+fmt:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "not gofmt'd:"; echo "$$out"; exit 1; }
+
+vet:
+	@go vet ./...
+
+staticcheck:
+	@go run $(STATICCHECK) ./...
+
+vuln: ## known vulnerabilities in what is called; needs the network
+	@GOVULNCHECK=$(GOVULNCHECK) scripts/vuln.sh
+
+unit: ## tests of one package each, under the race detector
+	@go run ./test/runtests unit -race -timeout 10m $(UNIT)
+
+e2e: build ## tests of whole clusters with real PostgreSQL
+	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/runtests e2e -count=1 -p 1 -timeout 40m $(E2E)
+
+soak: build ## kills without end: HOLDFAST_SOAK=8h (default: until stopped), HOLDFAST_SEED=n
+	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_SOAK=$${HOLDFAST_SOAK:-forever} \
+		go test ./test/torture -run '^TestTorture$$' -count=1 -v -timeout 0
+
+bench: build ## against stock PostgreSQL; ARGS=-short for a quick look
+	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/bench $(ARGS)
+
+clean:
+	rm -rf bin
+
+setup-run:
+	@scripts/setup.sh run
+
+setup-test:
+	@scripts/setup.sh test
