@@ -1,0 +1,200 @@
+// Package lease decides who may hold a project's keys, and until when. It is pure: time and
+// what happened come in, decisions come out; it has no clock, no goroutine and does no I/O.
+//
+// A lease is granted and renewed only while the last check of the CMK that succeeded began
+// at most CheckInterval ago, and lives for TTL. A node counts its lease from before it asked. So
+// (invariant K2) a node holds keys at a moment t only if the KMS said yes at some moment after
+// t - CheckInterval - TTL, whatever is lost, late or cut off in between. A denial ends the
+// project's leases here at once, and nodes learn of it when they renew.
+//
+// The caller, on Request:
+//  1. on Grant, hands the lease out;
+//  2. on Check, does a real unwrap of the project's KEK, tells CheckResult with the moment from before
+//     it, and asks again, once;
+//  3. on Refuse, says why;
+//  4. on Use, lets a call that needs a live lease go on or not;
+//  5. on Tick, now and then, forgets the KEKs of the projects it names.
+package lease
+
+import (
+	"slices"
+	"time"
+)
+
+// Instant is a moment on a clock that never jumps and goes on during suspension.
+type Instant = time.Duration
+
+// Outcome is what a check of the CMK said.
+type Outcome int
+
+// The outcomes.
+const (
+	Never Outcome = iota // not checked yet
+	OK
+	Denied
+	Unreachable // no answer, or one that says nothing
+)
+
+// Config holds the times.
+type Config struct {
+	CheckInterval time.Duration // how old the last good check may be
+	TTL           time.Duration // how long a lease lives unrenewed
+	RetryGap      time.Duration // from a failed check to the next
+	Idle          time.Duration // from a project's last use to forgetting its KEKs
+}
+
+// Kind is a kind of decision.
+type Kind int
+
+// The kinds.
+const (
+	Refuse Kind = iota
+	Grant
+	Check
+)
+
+// Decision answers Request.
+type Decision struct {
+	Kind  Kind
+	Lease string        // with Grant
+	New   bool          // with Grant: not a renewal
+	TTL   time.Duration // with Grant, from now
+	Why   Outcome       // with Refuse: Denied or Unreachable
+}
+
+// Lease is one node's right to a project's keys.
+type Lease struct {
+	ID      string
+	Project string
+	Node    string
+	End     Instant
+}
+
+type project struct {
+	// Invariant: fresh only if outcome is OK.
+	outcome  Outcome // of the check that began last, of those that have ended
+	began    Instant // when that check began
+	ended    Instant // when it ended
+	lastUsed Instant
+	leases   map[string]*Lease
+}
+
+// Machine is the state. It is used by one goroutine at a time.
+type Machine struct {
+	cfg      Config
+	projects map[string]*project
+	leases   map[string]*Lease
+}
+
+// New starts without leases and without knowledge of any key.
+func New(cfg Config) *Machine {
+	return &Machine{cfg: cfg, projects: make(map[string]*project), leases: make(map[string]*Lease)}
+}
+
+func (m *Machine) project(name string) *project {
+	p := m.projects[name]
+	if p == nil {
+		p = &project{leases: make(map[string]*Lease)}
+		m.projects[name] = p
+	}
+	return p
+}
+
+// fresh tells whether the last check supports leases now.
+func (m *Machine) fresh(now Instant, p *project) bool {
+	return p.outcome == OK && now-p.began <= m.cfg.CheckInterval
+}
+
+// Request asks for a lease for a node, or to renew the lease id. newID names a new one.
+func (m *Machine) Request(now Instant, name, node, id, newID string) Decision {
+	p := m.project(name)
+	if !m.fresh(now, p) {
+		if p.outcome != OK && p.outcome != Never && now-p.ended < m.cfg.RetryGap {
+			return Decision{Kind: Refuse, Why: p.outcome}
+		}
+		return Decision{Kind: Check}
+	}
+	p.lastUsed = now
+	l := m.leases[id]
+	isNew := l == nil || l.Project != name || l.Node != node || now >= l.End
+	if isNew {
+		l = &Lease{ID: newID, Project: name, Node: node}
+		m.leases[newID], p.leases[newID] = l, l
+	}
+	l.End = now + m.cfg.TTL
+	return Decision{Kind: Grant, Lease: l.ID, New: isNew, TTL: m.cfg.TTL}
+}
+
+// CheckResult tells what a check that began at the moment began said. A result that
+// arrives after that of a later check is ignored. It returns the leases that a denial ended.
+func (m *Machine) CheckResult(began, now Instant, name string, outcome Outcome) (ended []Lease) {
+	p := m.project(name)
+	if p.outcome != Never && began < p.began {
+		return nil
+	}
+	if outcome == Unreachable && m.fresh(now, p) {
+		// No answer takes nothing from what an earlier one still supports.
+		return nil
+	}
+	p.outcome, p.began, p.ended = outcome, began, now
+	if outcome != Denied {
+		return nil
+	}
+	for _, l := range p.leases {
+		ended = append(ended, *l)
+		delete(m.leases, l.ID)
+	}
+	clear(p.leases)
+	sortLeases(ended)
+	return ended
+}
+
+// Use tells whether a lease lives, and of which project it is.
+func (m *Machine) Use(now Instant, id string) (Lease, bool) {
+	l := m.leases[id]
+	if l == nil || now >= l.End {
+		return Lease{}, false
+	}
+	m.project(l.Project).lastUsed = now
+	return *l, true
+}
+
+// State is what is known of a project's key, and whether it is time for another check.
+func (m *Machine) State(now Instant, name string) (outcome Outcome, stale bool) {
+	p := m.project(name)
+	if p.outcome == OK {
+		return OK, !m.fresh(now, p)
+	}
+	return p.outcome, p.outcome == Never || now-p.ended >= m.cfg.RetryGap
+}
+
+// Tick removes the leases that ran out, and names the projects that nobody has used for
+// Idle: their KEKs are to be forgotten. A project is named once, until it is used again.
+func (m *Machine) Tick(now Instant) (expired []Lease, idle []string) {
+	for id, l := range m.leases {
+		if now >= l.End {
+			expired = append(expired, *l)
+			delete(m.leases, id)
+			delete(m.project(l.Project).leases, id)
+		}
+	}
+	for name, p := range m.projects {
+		if len(p.leases) == 0 && now-p.lastUsed >= m.cfg.Idle && now-p.ended >= m.cfg.Idle {
+			idle = append(idle, name)
+			delete(m.projects, name)
+		}
+	}
+	sortLeases(expired)
+	slices.Sort(idle)
+	return expired, idle
+}
+
+// sortLeases makes decisions repeatable: maps have no order.
+func sortLeases(leases []Lease) {
+	slices.SortFunc(leases, func(a, b Lease) int {
+		if a.ID < b.ID {
+			return -1
+		}
+		return 1
+	})
+}

@@ -1,0 +1,109 @@
+package lease
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const s = time.Second
+
+var cfg = Config{CheckInterval: 5 * s, TTL: 10 * s, RetryGap: s / 2, Idle: 20 * s}
+
+func want(t *testing.T, what string, got, want any) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s: %s", what, diff)
+	}
+}
+
+func TestLifeOfALease(t *testing.T) {
+	m := New(cfg)
+	now := 100 * s
+	want(t, "first request", m.Request(now, "p", "n", "", "l1"), Decision{Kind: Check})
+	m.CheckResult(now, now+s, "p", OK)
+	want(t, "after a good check", m.Request(now+s, "p", "n", "", "l1"), Decision{Kind: Grant, Lease: "l1", New: true, TTL: cfg.TTL})
+	want(t, "renewal", m.Request(now+4*s, "p", "n", "l1", "l2"), Decision{Kind: Grant, Lease: "l1", TTL: cfg.TTL})
+	// The check's age counts from its beginning.
+	want(t, "at the interval's end", m.Request(now+5*s, "p", "n", "l1", "l2"), Decision{Kind: Grant, Lease: "l1", TTL: cfg.TTL})
+	want(t, "past it", m.Request(now+5*s+1, "p", "n", "l1", "l2"), Decision{Kind: Check})
+	if l, ok := m.Use(now+15*s-1, "l1"); !ok || l.Project != "p" || l.Node != "n" {
+		t.Errorf("just before the end: %+v %v", l, ok)
+	}
+	if _, ok := m.Use(now+15*s, "l1"); ok {
+		t.Error("the lease lives past its end")
+	}
+}
+
+func TestALeaseIsOfOneNodeAndProject(t *testing.T) {
+	m := New(cfg)
+	for _, p := range []string{"p", "q"} {
+		m.CheckResult(0, 0, p, OK)
+	}
+	m.Request(0, "p", "n", "", "l1")
+	for _, tc := range [][2]string{{"p", "other node"}, {"q", "n"}} {
+		if d := m.Request(s, tc[0], tc[1], "l1", "l2"); !d.New || d.Lease != "l2" {
+			t.Errorf("%v renewed another's lease: %+v", tc, d)
+		}
+	}
+}
+
+func TestDenialEndsLeasesAtOnce(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.CheckResult(0, 0, "q", OK)
+	m.Request(0, "p", "n1", "", "l1")
+	m.Request(0, "p", "n2", "", "l2")
+	m.Request(0, "q", "n1", "", "l3")
+	ended := m.CheckResult(s, s, "p", Denied)
+	want(t, "ended", ended, []Lease{{"l1", "p", "n1", cfg.TTL}, {"l2", "p", "n2", cfg.TTL}})
+	if _, ok := m.Use(s, "l1"); ok {
+		t.Error("a lease outlived the denial")
+	}
+	if _, ok := m.Use(s, "l3"); !ok {
+		t.Error("another project's lease ended")
+	}
+	want(t, "right after", m.Request(s, "p", "n1", "l1", "l4"), Decision{Kind: Refuse, Why: Denied})
+	want(t, "a while after", m.Request(s+cfg.RetryGap, "p", "n1", "l1", "l4"), Decision{Kind: Check})
+	m.CheckResult(2*s, 2*s, "p", OK)
+	want(t, "enabled again", m.Request(2*s, "p", "n1", "l1", "l4"), Decision{Kind: Grant, Lease: "l4", New: true, TTL: cfg.TTL})
+}
+
+func TestUnreachableTakesNothingWhileFresh(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, "p", "n", "", "l1")
+	m.CheckResult(s, 2*s, "p", Unreachable)
+	if d := m.Request(3*s, "p", "n", "l1", "l2"); d.Kind != Grant {
+		t.Errorf("while the last answer is fresh: %+v", d)
+	}
+	m.CheckResult(6*s, 7*s, "p", Unreachable)
+	want(t, "stale", m.Request(7*s, "p", "n", "l1", "l2"), Decision{Kind: Refuse, Why: Unreachable})
+	if _, ok := m.Use(12*s, "l1"); !ok {
+		t.Error("a lease must live to its end")
+	}
+}
+
+func TestResultsOutOfOrder(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(2*s, 3*s, "p", Denied)
+	m.CheckResult(s, 4*s, "p", OK) // began before the denied one
+	if outcome, _ := m.State(4*s, "p"); outcome != Denied {
+		t.Errorf("an older answer replaced a newer one: %v", outcome)
+	}
+}
+
+func TestTickForgetsWhatIsIdle(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, "p", "n", "", "l1")
+	expired, idle := m.Tick(9 * s)
+	want(t, "nothing yet", len(expired)+len(idle), 0)
+	expired, _ = m.Tick(10 * s)
+	want(t, "expired", expired, []Lease{{"l1", "p", "n", 10 * s}})
+	_, idle = m.Tick(20 * s)
+	want(t, "idle", idle, []string{"p"})
+	_, idle = m.Tick(21 * s)
+	want(t, "named once", len(idle), 0)
+}
