@@ -34,17 +34,20 @@ type replayer struct {
 	commitTS bool
 	// skipped has the pages of index kinds without redo.
 	skipped map[pg.RelTag]bool
+	// blanked has the visibility maps that a record's image emptied: CREATE DATABASE with
+	// strategy WAL_LOG logs a map's page as a standard one, whose content is all hole.
+	blanked map[pg.RelTag]bool
 	errors  int
 }
 
 // Resource managers (rmgrlist.h).
 const (
-	rmXLOG, rmXact, rmSMGR, rmCLOG, rmDBase         = 0, 1, 2, 3, 4
+	rmXLOG, rmXact, rmSMGR, rmCLOG, rmDBase      = 0, 1, 2, 3, 4
 	rmMultiXact, rmRelMap, rmStandby, rmCommitTS = 6, 7, 8, 18
 )
 
 func newReplayer(t *testing.T, base *state) *replayer {
-	return &replayer{t: t, state: base, tallies: map[string]*tally{}, skipped: map[pg.RelTag]bool{},
+	return &replayer{t: t, state: base, tallies: map[string]*tally{}, skipped: map[pg.RelTag]bool{}, blanked: map[pg.RelTag]bool{},
 		commitTS: base.control.TrackCommitTS}
 }
 
@@ -174,6 +177,9 @@ func (r *replayer) block(rec *walrec.Record, b *walrec.Block, c *tally) error {
 		return err
 	}
 	c.applied++
+	if b.ApplyImage && b.Rel.Fork == pg.VMFork {
+		r.blanked[b.Rel] = true
+	}
 	checked, err := redo.Check(rec, b, p)
 	if err != nil {
 		return err
@@ -190,10 +196,7 @@ func (r *replayer) freeSpace(rec *walrec.Record, b *walrec.Block, heap []byte) e
 	if !ok {
 		return nil
 	}
-	block, slot := redo.FSMLocation(rec.Blocks[len(rec.Blocks)-1].Block)
-	if b.ID == 0 {
-		block, slot = redo.FSMLocation(b.Block)
-	}
+	block, slot := redo.FSMLocation(b.Block)
 	return redo.SetFreeSpace(r.page(pg.RelTag{RelFileNode: b.Rel.RelFileNode, Fork: pg.FSMFork}, block), slot, free)
 }
 
@@ -363,10 +366,11 @@ func (r *replayer) copyDatabase(toSpace, toDB, fromSpace, fromDB pg.Oid) {
 		for _, p := range pages {
 			copies = append(copies, append([]byte(nil), p...))
 		}
-		if r.skipped[tag] {
-			defer func() { r.skipped[tag] = true }()
-		}
+		skipped := r.skipped[tag]
 		tag.Tablespace, tag.Database = toSpace, toDB
+		if skipped {
+			r.skipped[tag] = true
+		}
 		r.rels[tag] = copies
 	}
 }
