@@ -1,0 +1,118 @@
+package timeline
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/layer"
+)
+
+// Get gives what the key's value at lsn is made of. The caller owns it. lsn is at most
+// LastLSN (ErrNotYet) and at least HorizonLSN (ErrTooOld).
+func (t *Timeline) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (History, error) {
+	v, err := t.holdAt(lsn)
+	if err != nil {
+		return History{}, err
+	}
+	defer t.release(v)
+	var c collector
+	err = t.collect(ctx, v, key, lsn, &c)
+	if failed := t.Err(); failed != nil { // what was read may have been wiped meanwhile
+		return History{}, failed
+	}
+	if err != nil {
+		return History{}, fmt.Errorf("reading key %x at %s on branch %s: %w", key[:], lsn, t.cfg.Branch, err)
+	}
+	return c.result(), nil
+}
+
+// holdAt gives the current view if it can be read at lsn.
+func (t *Timeline) holdAt(lsn pg.LSN) (*view, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mu.err != nil {
+		return nil, t.mu.err
+	}
+	if lsn > t.mu.last {
+		return nil, fmt.Errorf("branch %s at %s: %w: it has %s", t.cfg.Branch, lsn, ErrNotYet, t.mu.last)
+	}
+	if h := t.mu.view.horizon; lsn < h {
+		return nil, fmt.Errorf("branch %s at %s: %w: it goes back to %s", t.cfg.Branch, lsn, ErrTooOld, h)
+	}
+	return t.holdLocked(), nil
+}
+
+// collect looks through the view from new to old.
+func (t *Timeline) collect(ctx context.Context, v *view, key keyspace.Key, lsn pg.LSN, c *collector) error {
+	if v.open.collect(key, lsn, c); c.done {
+		return nil
+	}
+	for _, m := range v.frozen {
+		if m.collect(key, lsn, c); c.done {
+			return nil
+		}
+	}
+	return t.collectFiles(ctx, v, key, lsn, c)
+}
+
+func (t *Timeline) collectFiles(ctx context.Context, v *view, key keyspace.Key, lsn pg.LSN, c *collector) error {
+	for _, h := range v.flushed {
+		if err := t.collectLayer(ctx, h, key, lsn, c); err != nil || c.done {
+			return err
+		}
+	}
+	return t.collectPartition(ctx, v, key, lsn, c)
+}
+
+func (t *Timeline) collectPartition(ctx context.Context, v *view, key keyspace.Key, lsn pg.LSN, c *collector) error {
+	p := v.partOf(key)
+	for _, h := range p.stack {
+		if err := t.collectLayer(ctx, h, key, lsn, c); err != nil || c.done {
+			return err
+		}
+	}
+	if p.base == nil {
+		return nil
+	}
+	return t.collectLayer(ctx, p.base, key, lsn, c)
+}
+
+// collectLayer looks into one layer file, block by block towards older versions.
+func (t *Timeline) collectLayer(ctx context.Context, h *handle, key keyspace.Key, lsn pg.LSN, c *collector) error {
+	if !h.covers(key, lsn) {
+		return nil
+	}
+	f, err := t.openFile(ctx, h)
+	if err != nil {
+		return err
+	}
+	defer f.release()
+	if !f.MayContain(key) {
+		return nil
+	}
+	for i := f.BlockOf(key, lsn); i >= 0; i-- {
+		b, err := t.readBlock(ctx, h, i)
+		if err != nil {
+			return err
+		}
+		more := collectBlock(b.Block, key, lsn, c)
+		b.release()
+		if !more {
+			return nil
+		}
+	}
+	return nil
+}
+
+// collectBlock tells whether older versions may be in the block before.
+func collectBlock(b *layer.Block, key keyspace.Key, lsn pg.LSN, c *collector) (more bool) {
+	for j := b.After(key, lsn) - 1; j >= 0; j-- {
+		e := b.Entry(j)
+		if e.Key != key || c.add(e.LSN, ValueKind(e.Kind), e.Data) {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,241 @@
+package timeline
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+)
+
+const (
+	arenaChunk = 1 << 20
+	nodeChunk  = 1 << 12
+	// entryOverhead is about what a version costs in memory beside its data, in bytes.
+	entryOverhead = 48
+)
+
+// memtable is a layer in memory. A key's versions are a chain from the newest to the
+// oldest; chains, versions and data grow in chunks that never move, so that an insert
+// allocates nothing most of the time. One goroutine inserts; any number read meanwhile.
+type memtable struct {
+	refs atomic.Int64 // views that have it; the last one wipes it
+	// born is when the first version came; end is the LSN up to which all versions are in this
+	// table or older ones, once it is frozen. Timeline.mu guards both.
+	born time.Time
+	end  pg.LSN
+
+	mu struct {
+		sync.RWMutex
+		heads [256]map[keyspace.Key]uint32 // by kind: newest version; a scan reads one kind's keys
+		nodes [][]node
+		count uint32
+		arena [][]byte
+		bytes int64
+		wiped bool
+	}
+}
+
+// node is one version.
+type node struct {
+	lsn   pg.LSN
+	chunk uint32
+	off   uint32
+	size  uint32
+	older uint32 // number of the next older version of the key, plus one; 0: none
+	kind  ValueKind
+}
+
+// errWiped means that the table's data is gone since the timeline failed.
+var errWiped = errors.New("the layer in memory was wiped")
+
+func (m *memtable) release() {
+	if m.refs.Add(-1) == 0 {
+		m.wipe()
+	}
+}
+
+// wipe clears the data: nothing that was in the table stays in memory (K2).
+func (m *memtable) wipe() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range m.mu.arena {
+		clear(c[:cap(c)])
+	}
+	m.mu.arena, m.mu.nodes, m.mu.count = nil, nil, 0
+	m.mu.heads = [256]map[keyspace.Key]uint32{}
+	m.mu.wiped = true
+}
+
+// insertBatch is how many entries are inserted under one lock, so that readers wait shortly.
+const insertBatch = 128
+
+// insert adds entries; it tells false if the table was wiped.
+func (m *memtable) insert(entries []Entry) bool {
+	for len(entries) > 0 {
+		n := min(len(entries), insertBatch)
+		if !m.insertSome(entries[:n]) {
+			return false
+		}
+		entries = entries[n:]
+	}
+	return true
+}
+
+func (m *memtable) insertSome(entries []Entry) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.mu.wiped {
+		return false
+	}
+	for i := range entries {
+		e := &entries[i]
+		heads := m.mu.heads[e.Key[0]]
+		if heads == nil {
+			heads = make(map[keyspace.Key]uint32)
+			m.mu.heads[e.Key[0]] = heads
+		}
+		number := m.mu.count
+		if number%nodeChunk == 0 {
+			m.mu.nodes = append(m.mu.nodes, make([]node, nodeChunk))
+		}
+		n := &m.mu.nodes[number/nodeChunk][number%nodeChunk]
+		n.lsn, n.kind, n.size = e.LSN, e.Kind, uint32(len(e.Data))
+		n.chunk, n.off = m.storeLocked(e.Data)
+		if head, ok := heads[e.Key]; ok {
+			n.older = head + 1
+		}
+		heads[e.Key] = number
+		m.mu.count++
+		m.mu.bytes += int64(len(e.Data)) + entryOverhead
+	}
+	return true
+}
+
+// storeLocked copies data into the arena.
+func (m *memtable) storeLocked(data []byte) (chunk, off uint32) {
+	last := len(m.mu.arena) - 1
+	if last < 0 || cap(m.mu.arena[last])-len(m.mu.arena[last]) < len(data) {
+		m.mu.arena = append(m.mu.arena, make([]byte, 0, max(arenaChunk, len(data))))
+		last++
+	}
+	c := m.mu.arena[last]
+	m.mu.arena[last] = append(c, data...)
+	return uint32(last), uint32(len(c))
+}
+
+func (m *memtable) nodeLocked(number uint32) *node {
+	return &m.mu.nodes[number/nodeChunk][number%nodeChunk]
+}
+
+func (m *memtable) dataLocked(n *node) []byte {
+	return m.mu.arena[n.chunk][n.off : n.off+n.size : n.off+n.size]
+}
+
+func (m *memtable) size() int64 {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.mu.bytes
+}
+
+// collect gives c the key's versions at or below lsn.
+func (m *memtable) collect(key keyspace.Key, lsn pg.LSN, c *collector) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	head, ok := m.mu.heads[key[0]][key]
+	if !ok {
+		return
+	}
+	for next := head + 1; next != 0; {
+		n := m.nodeLocked(next - 1)
+		if n.lsn <= lsn && c.add(n.lsn, n.kind, m.dataLocked(n)) {
+			return
+		}
+		next = n.older
+	}
+}
+
+// keyHead is a key and the number of a version of it.
+type keyHead struct {
+	key  keyspace.Key
+	head uint32
+}
+
+// between lists the keys of [from, to) in order, each with its newest version at or below lsn.
+func (m *memtable) between(from, to keyspace.Key, lsn pg.LSN) []keyHead {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	var out []keyHead
+	for kind := int(from[0]); kind <= int(to[0]); kind++ {
+		for key, head := range m.mu.heads[kind] {
+			if key.Compare(from) < 0 || key.Compare(to) >= 0 {
+				continue
+			}
+			for next := head + 1; next != 0; {
+				n := m.nodeLocked(next - 1)
+				if n.lsn <= lsn {
+					out = append(out, keyHead{key, next - 1})
+					break
+				}
+				next = n.older
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b keyHead) int { return a.key.Compare(b.key) })
+	return out
+}
+
+// value copies one version out.
+func (m *memtable) value(number uint32) (Value, bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.mu.wiped {
+		return Value{}, false
+	}
+	n := m.nodeLocked(number)
+	return Value{LSN: n.lsn, Kind: n.kind, Data: slices.Clone(m.dataLocked(n))}, true
+}
+
+// all calls fn for each version, in the order of keys, then of insertion. The table is
+// frozen; the data is only lent.
+func (m *memtable) all(fn func(Entry) error) error {
+	m.mu.RLock()
+	var keys []keyHead
+	for _, heads := range m.mu.heads {
+		for key, head := range heads {
+			keys = append(keys, keyHead{key, head})
+		}
+	}
+	m.mu.RUnlock()
+	slices.SortFunc(keys, func(a, b keyHead) int { return a.key.Compare(b.key) })
+	var chain []uint32
+	for _, k := range keys {
+		var err error
+		if chain, err = m.versions(k, chain[:0], fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// versions calls fn for the versions of one key. Holding the lock keeps wipe away.
+func (m *memtable) versions(k keyHead, chain []uint32, fn func(Entry) error) ([]uint32, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.mu.wiped {
+		return chain, errWiped
+	}
+	for next := k.head + 1; next != 0; next = m.nodeLocked(next - 1).older {
+		chain = append(chain, next-1)
+	}
+	for _, number := range slices.Backward(chain) {
+		n := m.nodeLocked(number)
+		if err := fn(Entry{k.key, Value{LSN: n.lsn, Kind: n.kind, Data: m.dataLocked(n)}}); err != nil {
+			return chain, err
+		}
+	}
+	return chain, nil
+}
