@@ -5,8 +5,8 @@
 //
 //	byte 0    1..4        5..8      9..12     13    14..17
 //	kind      tablespace  database  relation  fork  block        relation page
-//	kind      tablespace  database  relation  fork  0            relation size
-//	kind      SLRU kind   0         0         0     page         SLRU page
+//	kind      tablespace  database  relation  fork  0            relation size, grave of a dropped fork
+//	kind      SLRU kind   0         0         0     page         SLRU page, list of an area's pages
 //	kind      tablespace  database  0         0     0            a database's folder
 //	kind      tablespace  database  0         0     0            a relation map (pg_filenode.map)
 //	kind      0           0         0         0     xid          a two-phase state file
@@ -37,14 +37,16 @@ type Kind uint8
 
 // The kinds.
 const (
-	KindCheckpoint Kind = 1 + iota // the branch's counters
-	KindDatabase                   // value: the content of the folder's PG_VERSION
-	KindRelMap                     // value: pg_filenode.map
-	KindTwoPhase                   // value: the state file
-	KindAuxFile                    // value: see Aux
-	KindRelSize                    // value: number of blocks, 4 bytes little-endian
-	KindSLRUPage                   // value: a page
-	KindRelPage                    // value: a page
+	KindCheckpoint  Kind = 1 + iota // the branch's counters
+	KindDatabase                    // value: the content of the folder's PG_VERSION
+	KindRelMap                      // value: pg_filenode.map
+	KindTwoPhase                    // value: the state file
+	KindAuxFile                     // value: see Aux
+	KindRelSize                     // value: number of blocks, 4 bytes little-endian
+	KindDropped                     // value: number of blocks that a dropped fork had, as RelSize
+	KindSLRUExtents                 // value: the pages that exist, as pairs (first, last) of 4 bytes little-endian
+	KindSLRUPage                    // value: a page
+	KindRelPage                     // value: a page
 	kindEnd
 )
 
@@ -63,12 +65,12 @@ func Parse(k Key) (Parsed, error) {
 	p := Parsed{Kind: Kind(k[0])}
 	last := binary.BigEndian.Uint32(k[14:])
 	switch p.Kind {
-	case KindRelPage, KindRelSize, KindDatabase, KindRelMap:
+	case KindRelPage, KindRelSize, KindDropped, KindDatabase, KindRelMap:
 		p.Rel = pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: pg.Oid(binary.BigEndian.Uint32(k[1:])),
 			Database: pg.Oid(binary.BigEndian.Uint32(k[5:])), Relation: pg.Oid(binary.BigEndian.Uint32(k[9:]))},
 			Fork: pg.ForkNumber(k[13])}
 		p.Block = pg.BlockNumber(last)
-	case KindSLRUPage:
+	case KindSLRUPage, KindSLRUExtents:
 		p.SLRU, p.Page = pg.SLRUKind(k[4]), last
 	case KindTwoPhase:
 		p.Xid = pg.TransactionID(last)
@@ -96,6 +98,10 @@ func RelPage(tag pg.RelTag, block pg.BlockNumber) Key { return relKey(KindRelPag
 // RelSize is the key of the number of blocks in a fork of a relation.
 func RelSize(tag pg.RelTag) Key { return relKey(KindRelSize, tag, 0) }
 
+// Dropped is the key of what is remembered of a fork after it was dropped: how many pages of
+// old life have to be hidden should its number come back.
+func Dropped(tag pg.RelTag) Key { return relKey(KindDropped, tag, 0) }
+
 // Database is the key of a database's folder.
 func Database(tablespace, database pg.Oid) Key {
 	return relKey(KindDatabase, pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: tablespace, Database: database}}, 0)
@@ -111,6 +117,13 @@ func SLRUPage(kind pg.SLRUKind, page uint32) Key {
 	var k Key
 	k[0], k[4] = byte(KindSLRUPage), byte(kind)
 	binary.BigEndian.PutUint32(k[14:], page)
+	return k
+}
+
+// SLRUExtents is the key of the list of an SLRU area's pages.
+func SLRUExtents(kind pg.SLRUKind) Key {
+	k := SLRUPage(kind, 0)
+	k[0] = byte(KindSLRUExtents)
 	return k
 }
 

@@ -1,6 +1,9 @@
 package redo
 
-import "github.com/holdfastdb/holdfast/internal/pg"
+import (
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+)
 
 // ClearVM clears bits of a heap block on block of a visibility map; the page's LSN stays
 // (visibilitymap_clear).
@@ -31,4 +34,18 @@ func HeapFreeSpace(p []byte) int {
 		return 0
 	}
 	return page(p).heapFreeSpace()
+}
+
+// FreeSpaceBlock is the heap block whose free space recovery may look at after rec, to store
+// it in the free space map; nil if there is none. FreeSpaceAfter tells what it stores.
+func FreeSpaceBlock(rec *walrec.Record) *walrec.Block {
+	kind := rec.Info & heapOpMask
+	switch {
+	case rec.RmID == rmHeap && (kind == heapInsert || kind == heapUpdate),
+		rec.RmID == rmHeap2 && (kind == heap2MultiInsert || kind == heap2Prune || kind == heap2Vacuum):
+		return rec.Block(0)
+	case rec.RmID == rmHeap2 && kind == heap2Visible:
+		return rec.Block(1)
+	}
+	return nil
 }

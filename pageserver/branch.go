@@ -1,0 +1,265 @@
+package pageserver
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/blob"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/pageread"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+)
+
+// branch is a branch that this server follows. One goroutine, run, opens its timeline and
+// ingests; calls read from the timeline that is open at the time.
+type branch struct {
+	srv    *Server
+	name   branchName
+	log    *slog.Logger
+	source WALSource
+	stop   context.CancelFunc
+	stopCh chan struct{}
+	done   chan struct{}
+	verify *verifier // nil unless Config.VerifyRedo
+
+	// folded tells the ingest that free space map pages were made into images.
+	folded atomic.Bool
+
+	mu struct {
+		sync.Mutex
+		tl      *timeline.Timeline
+		err     error         // why there is no timeline, or why ingesting does not go on
+		ended   bool          // err is for good
+		changed chan struct{} // closed at each change
+	}
+}
+
+func newBranch(s *Server, name branchName, source WALSource) *branch {
+	b := &branch{srv: s, name: name, source: source, stopCh: make(chan struct{}), done: make(chan struct{}),
+		log: s.log.With("project", name.project, "branch", name.branch)}
+	b.stop = sync.OnceFunc(func() { close(b.stopCh) })
+	b.mu.changed = make(chan struct{})
+	if s.cfg.VerifyRedo {
+		b.verify = newVerifier(b.log)
+	}
+	return b
+}
+
+func (s *Server) timelineConfig(project, id string) timeline.Config {
+	cfg := s.cfg.Timeline
+	cfg.Project, cfg.Branch = project, id
+	cfg.Store, cfg.Ring, cfg.Log = s.cfg.Blob, s.cfg.Ring, s.log
+	if s.cfg.Dir != "" {
+		cfg.Dir = filepath.Join(s.cfg.Dir, project, id)
+	}
+	return cfg
+}
+
+func (b *branch) set(tl *timeline.Timeline, err error, ended bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.tl, b.mu.err, b.mu.ended = tl, err, ended
+	close(b.mu.changed)
+	b.mu.changed = make(chan struct{})
+}
+
+// setError notes, or with nil takes back, why ingesting does not go on.
+func (b *branch) setError(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.err = err
+}
+
+// timeline is the open timeline. It waits for one that is being opened, and not for one
+// that cannot be.
+func (b *branch) timeline(ctx context.Context) (*timeline.Timeline, error) {
+	for {
+		b.mu.Lock()
+		tl, err, ended, changed := b.mu.tl, b.mu.err, b.mu.ended, b.mu.changed
+		b.mu.Unlock()
+		switch {
+		case ended || tl == nil && err != nil:
+			return nil, err
+		case tl != nil:
+			return tl, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// Times between attempts.
+const (
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 2 * time.Second
+)
+
+// run opens the timeline and ingests, again and again, until the branch is let go or
+// something is damaged.
+func (b *branch) run(ctx context.Context) {
+	defer close(b.done)
+	defer b.source.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-b.stopCh:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+		begun := time.Now()
+		err := b.session(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		ended := isFinal(err)
+		b.set(nil, err, ended)
+		if ended {
+			b.log.Error("branch stopped; the other branches go on", "err", err)
+			return
+		}
+		if time.Since(begun) > retryMost {
+			wait = retryFirst
+		}
+		b.log.Warn("branch is shut; trying again", "err", err, "wait", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+	b.set(nil, context.Canceled, true)
+}
+
+func isFinal(err error) bool {
+	var bad *damage
+	return errors.As(err, &bad) || errors.Is(err, timeline.ErrSuperseded) || errors.Is(err, blob.ErrNotFound)
+}
+
+// session opens the timeline and ingests until that fails in a way that needs it opened anew.
+func (b *branch) session(ctx context.Context) (err error) {
+	var tl atomic.Pointer[timeline.Timeline]
+	cfg := b.srv.timelineConfig(b.name.project, b.name.branch)
+	cfg.Materialize = b.materialize(ctx, &tl)
+	opened, err := timeline.Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, opened.Close()) }()
+	tl.Store(opened)
+	if _, err := loadState(ctx, opened); err != nil {
+		return err
+	}
+	b.set(opened, nil, false)
+	defer b.set(nil, nil, false)
+	ctx, cancel := context.WithCancel(ctx)
+	var helpers sync.WaitGroup
+	defer func() { cancel(); helpers.Wait() }()
+	helpers.Go(func() { b.report(ctx, opened) })
+	helpers.Go(func() { // an idle stream would not notice that the timeline ended
+		select {
+		case <-opened.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
+		before := opened.LastLSN()
+		err := b.ingest(ctx, opened)
+		if ended := opened.Err(); ended != nil {
+			return ended
+		}
+		if ctx.Err() != nil || isFinal(err) || needsReopen(err) {
+			return err
+		}
+		if opened.LastLSN() != before {
+			wait = retryFirst
+		}
+		b.setError(err)
+		b.log.Warn("following the WAL was interrupted", "err", err, "wait", wait)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+// needsReopen tells errors after which the timeline holds nothing any more.
+func needsReopen(err error) bool {
+	return errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, timeline.ErrClosed)
+}
+
+// materialize gives the timeline images of pages. Other values have no history.
+func (b *branch) materialize(ctx context.Context, tl *atomic.Pointer[timeline.Timeline]) func(keyspace.Key, timeline.History) ([]byte, error) {
+	return func(key keyspace.Key, h timeline.History) ([]byte, error) {
+		k, err := keyspace.Parse(key)
+		if err != nil {
+			return nil, err
+		}
+		src := tl.Load()
+		if src == nil {
+			return nil, timeline.ErrClosed
+		}
+		page := make([]byte, pg.BlockSize)
+		if err := pageread.Build(ctx, src, key, &h, src.LastLSN(), page); err != nil {
+			return nil, err
+		}
+		if k.Kind == keyspace.KindRelPage && k.Rel.Fork == pg.FSMFork {
+			b.folded.Store(true)
+		}
+		return page, nil
+	}
+}
+
+// reportEvery is how often the safekeepers hear how far the bucket has the WAL.
+const reportEvery = time.Second
+
+func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
+	var last pg.LSN
+	tick := time.NewTicker(reportEvery)
+	defer tick.Stop()
+	for {
+		if lsn := tl.DurableLSN(); lsn > last {
+			callCtx, cancel := context.WithTimeout(ctx, 10*reportEvery)
+			err := b.source.ReportDurable(callCtx, lsn)
+			cancel()
+			if err == nil {
+				last = lsn
+			} else if ctx.Err() == nil {
+				b.log.Debug("the safekeepers could not be told how far layers go", "err", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (b *branch) describe() *pb.PageServerBranch {
+	b.mu.Lock()
+	tl, err := b.mu.tl, b.mu.err
+	b.mu.Unlock()
+	d := &pb.PageServerBranch{Project: b.name.project, Branch: b.name.branch}
+	if err != nil {
+		d.Error = err.Error()
+	}
+	if tl != nil {
+		d.IngestedLsn, d.DurableLsn = uint64(tl.LastLSN()), uint64(tl.DurableLSN())
+	}
+	return d
+}

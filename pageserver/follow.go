@@ -1,0 +1,202 @@
+package pageserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/seal"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/ingest"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/pageread"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+)
+
+// loadState reads the branch's counters as of the last LSN that the timeline holds.
+func loadState(ctx context.Context, tl *timeline.Timeline) (ingest.State, error) {
+	h, err := tl.Get(ctx, keyspace.Checkpoint(), tl.LastLSN())
+	if err != nil {
+		return ingest.State{}, err
+	}
+	if h.Base == nil {
+		return ingest.State{}, &damage{"reading the branch's state", errors.New("there is none: its import did not finish")}
+	}
+	state, err := ingest.ParseState(h.Base.Data)
+	if err != nil {
+		return state, &damage{"reading the branch's state", err}
+	}
+	return state, nil
+}
+
+// lookup is an ingest.Lookup over a timeline.
+type lookup struct{ *timeline.Timeline }
+
+func (l lookup) Page(ctx context.Context, key keyspace.Key, lsn pg.LSN, page []byte) error {
+	return pageread.Page(ctx, l.Timeline, key, lsn, page)
+}
+
+// Stage makes entries visible at an LSN inside the record. No record ends there, so the
+// branch's state is still that before the record, which is applied again after a crash.
+func (l lookup) Stage(ctx context.Context, begin pg.LSN, entries []timeline.Entry) error {
+	at := max(begin+1, l.LastLSN())
+	for i := range entries {
+		entries[i].LSN = at
+	}
+	return l.Put(ctx, entries, at)
+}
+
+// batchBytes is the size of entries at which a batch is stored although more WAL is there.
+const batchBytes = 4 << 20
+
+// follower ingests a branch's WAL into its open timeline.
+type follower struct {
+	b       *branch
+	ctx     context.Context
+	tl      *timeline.Timeline
+	core    *ingest.Core
+	scanner *walrec.Scanner
+	rec     walrec.Record
+	plain   []byte
+	refused int
+}
+
+// ingest follows the WAL from where the timeline ends.
+func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
+	state, err := loadState(ctx, tl)
+	if err != nil {
+		return err
+	}
+	from := tl.LastLSN()
+	f := &follower{b: b, ctx: ctx, tl: tl, core: ingest.New(lookup{tl}, state, from)}
+	err = b.source.Follow(ctx, from, f.take)
+	switch {
+	case err == nil:
+		return errors.New("the safekeepers ended the stream")
+	case rpc.Reason(err) == pb.ErrorDetail_TRUNCATED:
+		return &damage{fmt.Sprintf("reading WAL from %v", from), err}
+	}
+	return err
+}
+
+// take ingests some chunks. What it returned nil for is in the timeline.
+func (f *follower) take(chunks []*pb.SealedWAL, _ pg.LSN) error {
+	f.b.setError(nil)
+	if f.b.folded.Swap(false) {
+		f.core.ForgetMarks()
+	}
+	for _, c := range chunks {
+		if err := f.chunk(c); err != nil {
+			return err
+		}
+	}
+	return f.store()
+}
+
+func (f *follower) chunk(c *pb.SealedWAL) error {
+	begin, end := pg.LSN(c.BeginLsn), pg.LSN(c.EndLsn)
+	what := fmt.Sprintf("WAL chunk %v to %v", begin, end)
+	if end <= f.tl.LastLSN() && f.scanner == nil {
+		return nil
+	}
+	switch {
+	case f.scanner == nil && begin <= f.tl.LastLSN():
+		f.scanner = walrec.NewScanner(begin)
+	case f.scanner == nil || begin != f.scanner.Pos():
+		return &damage{what, fmt.Errorf("it does not continue the WAL, which is ingested up to %v", f.pos())}
+	}
+	if err := f.open(c); err != nil {
+		if errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, seal.ErrWiped) || f.ctx.Err() != nil {
+			return err
+		}
+		return &damage{"opening " + what, err}
+	}
+	f.scanner.Feed(f.plain)
+	if err := f.records(); err != nil {
+		return err
+	}
+	if f.scanner.Pos() != end {
+		return &damage{what, fmt.Errorf("its records end at %v", f.scanner.Pos())}
+	}
+	return nil
+}
+
+func (f *follower) pos() pg.LSN {
+	if f.scanner == nil {
+		return f.tl.LastLSN()
+	}
+	return f.scanner.Pos()
+}
+
+func (f *follower) open(c *pb.SealedWAL) error {
+	sc := seal.Context{Purpose: seal.PurposeWAL, Project: f.b.name.project, Branch: f.b.name.branch, Object: c.Object}
+	key, err := f.b.srv.cfg.Ring.Open(f.ctx, sc, c.WrappedDek)
+	if err != nil {
+		return err
+	}
+	f.plain, err = seal.OpenWAL(f.plain[:0], key, sc, pg.LSN(c.BeginLsn), pg.LSN(c.EndLsn), c.Counter, c.Ciphertext)
+	return err
+}
+
+func (f *follower) records() error {
+	for {
+		raw, ok, err := f.scanner.Next()
+		if err != nil {
+			return &damage{"reading WAL", err}
+		}
+		if !ok {
+			return nil
+		}
+		if raw.End <= f.tl.LastLSN() {
+			continue
+		}
+		if err := walrec.ParseInto(&f.rec, raw.Data, raw.LSN, raw.End); err != nil {
+			return &damage{"reading WAL", err}
+		}
+		if err := f.record(&f.rec); err != nil {
+			return err
+		}
+	}
+}
+
+func (f *follower) record(rec *walrec.Record) error {
+	if f.core.Barrier(rec) && rec.LSN > f.tl.LastLSN() {
+		if err := f.put(rec.LSN); err != nil {
+			return err
+		}
+	}
+	if err := f.core.Apply(f.ctx, rec); err != nil {
+		if f.ctx.Err() != nil || needsReopen(err) || isStorage(err) {
+			return err
+		}
+		return &damage{"ingesting", err}
+	}
+	f.b.verify.note(rec)
+	if f.core.Pending() >= batchBytes {
+		return f.put(rec.End)
+	}
+	return nil
+}
+
+// store puts what is ingested into the timeline, up to where the scanner is.
+func (f *follower) store() error {
+	if f.scanner == nil || f.scanner.Pos() <= f.tl.LastLSN() {
+		return nil
+	}
+	return f.put(f.scanner.Pos())
+}
+
+func (f *follower) put(upTo pg.LSN) error {
+	if err := f.tl.Put(f.ctx, f.core.Take(upTo), upTo); err != nil {
+		return err
+	}
+	if list := f.core.Refused(); len(list) > f.refused {
+		f.refused = len(list)
+		f.b.log.Error("a tablespace was created outside the data directory: what is in it cannot be read", "tablespaces", list)
+	}
+	return f.b.verify.check(f.ctx, f.tl)
+}

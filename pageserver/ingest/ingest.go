@@ -1,0 +1,253 @@
+// Package ingest turns WAL records into versions of the things that they change: pages,
+// relation sizes, relation maps, two-phase files, the branch's counters. It is what
+// PostgreSQL's recovery does, except that pages are not changed but get the record filed
+// under them, for pageserver/pageread to replay when somebody asks.
+//
+// A Core is pure: it has no goroutine, clock or I/O of its own, and what it needs to know of the
+// branch's past it asks of a Lookup. The caller's duties, in order, for each batch:
+//
+//  1. For each record: if Barrier says so, Take and store what there is first. Then Apply.
+//  2. Take the entries, and store them in one step.
+//  3. After any error: throw the Core away, and go on with a new one from the stored state.
+//
+// A page's versions of an earlier life must never show through (invariant P1). When a
+// relation is cut, every page beyond the cut gets a tombstone. When it is dropped, only its
+// size does, and what is to be hidden is remembered (keyspace.Dropped); the pages get their
+// tombstones in the rare case that the same number is created again.
+package ingest
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/change"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+)
+
+// Lookup is the branch's past, as of what was stored.
+type Lookup interface {
+	// Get gives the history of a thing.
+	Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error)
+	// Scan gives the newest values of a range of keys whose values are images.
+	Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error
+	// Page fills page with a relation's page.
+	Page(ctx context.Context, key keyspace.Key, lsn pg.LSN, page []byte) error
+	// Stage stores a part of what a record makes, before its end: as of an LSN inside the
+	// record, which begins at begin. After a crash the record is applied again.
+	Stage(ctx context.Context, begin pg.LSN, entries []timeline.Entry) error
+}
+
+// Resource manager numbers (rmgrlist.h).
+const (
+	rmXLOG       = 0
+	rmXact       = 1
+	rmSMGR       = 2
+	rmCLOG       = 3
+	rmDBase      = 4
+	rmTablespace = 5
+	rmMultiXact  = 6
+	rmRelMap     = 7
+	rmStandby    = 8
+	rmHeap2      = 9
+	rmHeap       = 10
+	rmCommitTS   = 18
+	rmReplOrigin = 19
+	rmLogicalMsg = 21
+
+	infoMask = 0xF0
+)
+
+// Core files records. It is not safe for concurrent use.
+type Core struct {
+	look  Lookup
+	state State
+	last  pg.LSN // all before it is stored: what lookups are asked for
+
+	sizes map[pg.RelTag]relation
+	slru  map[pg.SLRUKind]extents
+	marks map[mark]struct{}
+
+	out   []timeline.Entry
+	bytes int
+	arena []byte
+	page  [pg.BlockSize]byte
+
+	// Of the record under way.
+	ctx    context.Context
+	rec    *walrec.Record
+	change []byte // the record as a change, made when it is first needed
+
+	refused map[pg.Oid]struct{}
+}
+
+// New makes a Core that goes on from a stored state, which holds at lsn.
+func New(look Lookup, state State, lsn pg.LSN) *Core {
+	state.Origins = cloneOrigins(state.Origins)
+	return &Core{look: look, state: state, last: lsn, sizes: make(map[pg.RelTag]relation),
+		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{})}
+}
+
+// State is the branch's state after the last record. Its maps are the Core's.
+func (c *Core) State() *State { return &c.state }
+
+// Pending is the number of bytes that Take would return.
+func (c *Core) Pending() int { return c.bytes }
+
+// Bounds of what a Core remembers and of what it holds back, in entries and bytes.
+const (
+	maxSizes   = 1 << 18
+	maxMarks   = 1 << 18
+	stageBytes = 32 << 20
+	arenaBytes = 256 << 10
+	entryCost  = 64
+	bigXact    = 64 << 10 // main data of a transaction's end with many dropped relations
+)
+
+// Barrier tells that what came before rec must be stored first, the state included: rec reads
+// it, or makes so much that it is staged.
+func (c *Core) Barrier(rec *walrec.Record) bool {
+	switch rec.RmID {
+	case rmDBase:
+		return true
+	case rmSMGR:
+		return rec.Info&infoMask == smgrTruncate
+	case rmXact:
+		return len(rec.MainData) > bigXact
+	}
+	return false
+}
+
+// Apply files one record.
+func (c *Core) Apply(ctx context.Context, rec *walrec.Record) error {
+	c.ctx, c.rec, c.change = ctx, rec, nil
+	c.state.checkPoint().AdvanceXid(rec.Xid)
+	if err := c.apply(); err != nil {
+		return fmt.Errorf("%s at %v: %w", walrec.Name(rec.RmID, rec.Info), rec.LSN, err)
+	}
+	c.state.PrevRecord = rec.LSN
+	return nil
+}
+
+func (c *Core) apply() error {
+	switch c.rec.RmID {
+	case rmXLOG:
+		return c.xlog()
+	case rmXact:
+		return c.xact()
+	case rmSMGR:
+		return c.smgr()
+	case rmCLOG, rmMultiXact, rmCommitTS:
+		return c.slruRecord()
+	case rmDBase:
+		return c.database()
+	case rmTablespace:
+		return c.tablespace()
+	case rmRelMap:
+		return c.relMap()
+	case rmReplOrigin:
+		return c.replOrigin()
+	case rmStandby, rmLogicalMsg:
+		return nil // for standbys and for decoding: no durable state
+	case rmHeap, rmHeap2:
+		return c.heap()
+	}
+	return c.blocks()
+}
+
+// Take returns the entries since the last Take, with the state as of upTo, the end of the
+// last record or of the WAL that was read. They and upTo are to be stored together.
+func (c *Core) Take(upTo pg.LSN) []timeline.Entry {
+	out := append(c.out, timeline.Entry{Key: keyspace.Checkpoint(),
+		Value: timeline.Value{LSN: upTo, Kind: timeline.Image, Data: c.state.Marshal()}})
+	c.out, c.bytes, c.arena, c.last = nil, 0, nil, upTo
+	if len(c.sizes) > maxSizes {
+		clear(c.sizes)
+	}
+	return out
+}
+
+// put adds a version as of the end of the record under way.
+func (c *Core) put(key keyspace.Key, kind timeline.ValueKind, data []byte) {
+	c.out = append(c.out, timeline.Entry{Key: key, Value: timeline.Value{LSN: c.rec.End, Kind: kind, Data: data}})
+	c.bytes += len(data) + entryCost
+}
+
+// stage hands on what there is if a record makes more than should be in memory.
+func (c *Core) stage() error {
+	if c.bytes < stageBytes || !c.Barrier(c.rec) {
+		return nil
+	}
+	out := c.out
+	c.out, c.bytes, c.arena = nil, 0, nil
+	return c.look.Stage(c.ctx, c.rec.LSN, out)
+}
+
+// alloc gives n bytes that live as long as the entries of this batch.
+func (c *Core) alloc(n int) []byte {
+	if n > arenaBytes/8 {
+		return make([]byte, n)
+	}
+	if len(c.arena) < n {
+		c.arena = make([]byte, arenaBytes)
+	}
+	p := c.arena[:n:n]
+	c.arena = c.arena[n:]
+	return p
+}
+
+func (c *Core) u32(v uint32) []byte {
+	p := c.alloc(4)
+	binary.LittleEndian.PutUint32(p, v)
+	return p
+}
+
+// record is the record under way as a change; entries share it.
+func (c *Core) record() []byte {
+	if c.change == nil {
+		c.change = c.alloc(change.RecordHeader + len(c.rec.Raw))
+		change.PutRecord(c.change, c.rec)
+	}
+	return c.change
+}
+
+var errShort = errors.New("the record's data is too short")
+
+// fields reads main data; past the end it gives zeros and sets bad.
+type fields struct {
+	b   []byte
+	bad bool
+}
+
+func (f *fields) take(n int) []byte {
+	if n > len(f.b) {
+		f.bad, f.b = true, nil
+		return make([]byte, n)
+	}
+	p := f.b[:n]
+	f.b = f.b[n:]
+	return p
+}
+
+func (f *fields) u8() uint8   { return f.take(1)[0] }
+func (f *fields) u16() uint16 { return binary.LittleEndian.Uint16(f.take(2)) }
+func (f *fields) u32() uint32 { return binary.LittleEndian.Uint32(f.take(4)) }
+func (f *fields) u64() uint64 { return binary.LittleEndian.Uint64(f.take(8)) }
+func (f *fields) oid() pg.Oid { return pg.Oid(f.u32()) }
+
+func (f *fields) relFileNode() pg.RelFileNode {
+	return pg.RelFileNode{Tablespace: f.oid(), Database: f.oid(), Relation: f.oid()}
+}
+
+func (f *fields) err() error {
+	if f.bad {
+		return errShort
+	}
+	return nil
+}
+
+func (c *Core) main() *fields { return &fields{b: c.rec.MainData} }

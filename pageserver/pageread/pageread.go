@@ -1,0 +1,146 @@
+// Package pageread makes a page as of an LSN from what the timeline holds of it: an image or
+// nothing, then the changes since, replayed by redo.
+//
+// Every page equals what PostgreSQL's own recovery would have at that LSN (invariant P1), or
+// the read fails and says which record of which page could not be applied. The one exception
+// is the free space map, which is a hint to PostgreSQL and not described by WAL: see fsm.go.
+package pageread
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/change"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/redo"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+)
+
+// Source is where histories come from: a timeline.
+type Source interface {
+	Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error)
+}
+
+// An Error says which page could not be made.
+type Error struct {
+	Key keyspace.Parsed
+	LSN pg.LSN
+	Err error
+}
+
+func (e *Error) Error() string {
+	if e.Key.Kind == keyspace.KindSLRUPage {
+		return fmt.Sprintf("page %d of %s at %v: %v", e.Key.Page, e.Key.SLRU.Dir(), e.LSN, e.Err)
+	}
+	return fmt.Sprintf("block %d of %v at %v: %v", e.Key.Block, e.Key.Rel, e.LSN, e.Err)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Page fills page, 8 KiB, with the page that key names as of lsn. A page without any
+// version is zeros: whether it exists at all is the caller's knowledge.
+func Page(ctx context.Context, src Source, key keyspace.Key, lsn pg.LSN, page []byte) error {
+	h, err := src.Get(ctx, key, lsn)
+	if err != nil {
+		return err
+	}
+	return Build(ctx, src, key, &h, lsn, page)
+}
+
+// Build fills page from a history that was read already. src is asked for other pages, on
+// which free space map pages depend, as of lsn.
+func Build(ctx context.Context, src Source, key keyspace.Key, h *timeline.History, lsn pg.LSN, page []byte) error {
+	k, err := keyspace.Parse(key)
+	if err != nil {
+		return err
+	}
+	if len(page) != pg.BlockSize {
+		return fmt.Errorf("a page has %d bytes, not %d", pg.BlockSize, len(page))
+	}
+	if k.Kind != keyspace.KindRelPage && k.Kind != keyspace.KindSLRUPage {
+		return fmt.Errorf("key %x is not that of a page", key[:])
+	}
+	b := builder{ctx: ctx, src: src, key: k, lsn: lsn, page: page}
+	if err := b.build(h); err != nil {
+		if ctx.Err() != nil || errors.Is(err, errSource) {
+			return err
+		}
+		return &Error{k, lsn, err}
+	}
+	return nil
+}
+
+// errSource marks an error of the timeline, not of the page.
+var errSource = errors.New("reading a page that another depends on")
+
+type builder struct {
+	ctx  context.Context
+	src  Source
+	key  keyspace.Parsed
+	lsn  pg.LSN
+	page []byte
+
+	follow map[pg.BlockNumber]struct{} // heap blocks whose slots follow them (FSM only)
+}
+
+func (b *builder) build(h *timeline.History) error {
+	if err := b.base(h.Base); err != nil {
+		return err
+	}
+	for i := range h.Changes {
+		if err := b.apply(h.Changes[i].Data, h.Changes[i].LSN); err != nil {
+			return err
+		}
+	}
+	return b.followHeap()
+}
+
+func (b *builder) base(v *timeline.Value) error {
+	switch {
+	case v == nil:
+		clear(b.page)
+	case v.Kind == timeline.Init:
+		clear(b.page)
+		return b.apply(v.Data, v.LSN)
+	case len(v.Data) != pg.BlockSize:
+		return fmt.Errorf("the image at %v has %d bytes, not %d", v.LSN, len(v.Data), pg.BlockSize)
+	default:
+		copy(b.page, v.Data)
+	}
+	return nil
+}
+
+var records = sync.Pool{New: func() any { return new(walrec.Record) }}
+
+func (b *builder) apply(data []byte, end pg.LSN) error {
+	c, err := change.Decode(data, end)
+	if err != nil {
+		return err
+	}
+	switch c.Kind {
+	case change.Zero:
+		clear(b.page)
+		return nil
+	case change.ClearVM:
+		return redo.ClearVM(b.page, b.key.Block, c.Block, c.Bits)
+	case change.Follow:
+		if b.follow == nil {
+			b.follow = make(map[pg.BlockNumber]struct{})
+		}
+		b.follow[c.Block] = struct{}{}
+		return nil
+	}
+	rec := records.Get().(*walrec.Record)
+	defer records.Put(rec)
+	if err := walrec.ParseInto(rec, c.Raw, c.LSN, end); err != nil {
+		return err
+	}
+	if b.key.Kind == keyspace.KindSLRUPage {
+		return redo.ApplySLRU(b.key.SLRU, b.key.Page, b.page, rec)
+	}
+	return redo.ApplyBlock(b.key.Rel, b.key.Block, b.page, rec)
+}

@@ -1,0 +1,133 @@
+package pageserver
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/pageread"
+	"github.com/holdfastdb/holdfast/pageserver/redo"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+)
+
+// A RedoCount is how often pages were compared for one kind of record.
+type RedoCount struct {
+	Record     string
+	Checked    uint64
+	Mismatches uint64
+	Failed     uint64 // the page could not be made
+	First      string // the first mismatch or failure
+}
+
+// verifier compares pages with the images that records carry under
+// wal_consistency_checking. A nil verifier does nothing.
+type verifier struct {
+	log     *slog.Logger
+	pending []checkable
+
+	mu     sync.Mutex
+	counts map[string]*RedoCount
+}
+
+type checkable struct {
+	raw      []byte
+	lsn, end pg.LSN
+}
+
+func newVerifier(log *slog.Logger) *verifier {
+	return &verifier{log: log, counts: make(map[string]*RedoCount)}
+}
+
+// note remembers a record that has something to compare with.
+func (v *verifier) note(rec *walrec.Record) {
+	const checkConsistency = 0x02 // XLR_CHECK_CONSISTENCY
+	if v == nil || rec.Info&checkConsistency == 0 {
+		return
+	}
+	v.pending = append(v.pending, checkable{slices.Clone(rec.Raw), rec.LSN, rec.End})
+}
+
+// check compares what was noted, now that it is in the timeline.
+func (v *verifier) check(ctx context.Context, tl *timeline.Timeline) error {
+	if v == nil {
+		return nil
+	}
+	var rec walrec.Record
+	for _, c := range v.pending {
+		if err := walrec.ParseInto(&rec, c.raw, c.lsn, c.end); err != nil {
+			return err
+		}
+		for i := range rec.Blocks {
+			if err := v.block(ctx, tl, &rec, &rec.Blocks[i]); err != nil {
+				return err
+			}
+		}
+	}
+	v.pending = nil
+	return nil
+}
+
+func (v *verifier) block(ctx context.Context, tl *timeline.Timeline, rec *walrec.Record, b *walrec.Block) error {
+	if !b.HasImage || b.ApplyImage {
+		return nil
+	}
+	page := make([]byte, pg.BlockSize)
+	err := pageread.Page(ctx, tl, keyspace.RelPage(b.Rel, b.Block), rec.End, page)
+	if ctx.Err() != nil || needsReopen(err) {
+		return err
+	}
+	if err != nil {
+		v.count(rec, true, true, err)
+		return nil
+	}
+	checked, err := redo.Check(rec, b, page)
+	v.count(rec, checked, false, err)
+	return nil
+}
+
+func (v *verifier) count(rec *walrec.Record, checked, failed bool, err error) {
+	if !checked && err == nil {
+		return
+	}
+	name := walrec.Name(rec.RmID, rec.Info)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	c := v.counts[name]
+	if c == nil {
+		c = &RedoCount{Record: name}
+		v.counts[name] = c
+	}
+	c.Checked++
+	if err == nil {
+		return
+	}
+	if failed {
+		c.Failed++
+	} else {
+		c.Mismatches++
+	}
+	if c.First == "" {
+		c.First = err.Error()
+		v.log.Error("redo disagrees with PostgreSQL", "record", name, "lsn", rec.LSN.String(), "err", err)
+	}
+}
+
+// RedoCounts gives what was compared on a branch under Config.VerifyRedo, by record name.
+func (s *Server) RedoCounts(project, id string) []RedoCount {
+	b, err := s.branch(project, id)
+	if err != nil || b.verify == nil {
+		return nil
+	}
+	b.verify.mu.Lock()
+	defer b.verify.mu.Unlock()
+	var list []RedoCount
+	for _, name := range slices.Sorted(maps.Keys(b.verify.counts)) {
+		list = append(list, *b.verify.counts[name])
+	}
+	return list
+}
