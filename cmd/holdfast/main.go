@@ -8,13 +8,24 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"runtime/pprof"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 )
 
-func main() {
+func main() { os.Exit(run()) }
+
+// run returns the program's exit status.
+func run() int {
+	endProfile, err := startProfile()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "holdfast:", err)
+		return 1
+	}
+	defer endProfile()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := newRoot()
@@ -24,11 +35,34 @@ func main() {
 			if exit.err != nil {
 				fmt.Fprintln(os.Stderr, "holdfast:", exit.err)
 			}
-			os.Exit(exit.status)
+			return exit.status
 		}
 		fmt.Fprintln(os.Stderr, "holdfast:", err)
-		os.Exit(1)
+		return 1
 	}
+	return 0
+}
+
+// startProfile writes a CPU profile of this process into the folder that HOLDFAST_PROFILE
+// names: function names and times, nothing of what is worked on.
+func startProfile() (end func(), err error) {
+	dir := os.Getenv("HOLDFAST_PROFILE")
+	if dir == "" {
+		return func() {}, nil
+	}
+	f, err := os.Create(filepath.Join(dir, fmt.Sprintf("cpu-%d.pprof", os.Getpid())))
+	if err != nil {
+		return nil, fmt.Errorf("HOLDFAST_PROFILE: %w", err)
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() {
+		pprof.StopCPUProfile()
+		if err := f.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "holdfast: writing the CPU profile:", err)
+		}
+	}, nil
 }
 
 // exitError ends the program with a status of its own.

@@ -135,8 +135,8 @@ func (c *Cluster) passwordFile() string { return filepath.Join(c.opts.Dir, "pass
 // LogDir is where the roles' own output goes.
 func (c *Cluster) LogDir() string { return filepath.Join(c.Data, "log") }
 
-// RunDir holds the sockets; it is short enough in tests' folders.
-func (c *Cluster) socket(role string) string { return "unix:" + filepath.Join(c.Data, "run", role) }
+// Socket is a role's address; tests' folders leave it short enough.
+func (c *Cluster) Socket(role string) string { return "unix:" + filepath.Join(c.Data, "run", role) }
 
 // Dir is a role's folder.
 func (c *Cluster) Dir(role string) string { return filepath.Join(c.Data, role) }
@@ -159,21 +159,21 @@ func (c *Cluster) prepareSeparate() error {
 	peers := make(map[uint64]string)
 	var addrs []string
 	for id := 1; id <= 3; id++ {
-		peers[uint64(id)] = c.socket(Safekeeper(id))
-		addrs = append(addrs, c.socket(Safekeeper(id)))
+		peers[uint64(id)] = c.Socket(Safekeeper(id))
+		addrs = append(addrs, c.Socket(Safekeeper(id)))
 	}
 	configs := map[string]any{
-		Keymgr: &config.Keymgr{Listen: c.socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: kms},
-		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
-			Keymgr: c.socket(Keymgr), Safekeepers: addrs},
-		Manager: &config.Manager{Listen: c.socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
-			Keymgr: c.socket(Keymgr), Safekeepers: addrs, Pageserver: c.socket(Pageserver), CMK: "dev",
+		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: kms},
+		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.Socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
+			Keymgr: c.Socket(Keymgr), Safekeepers: addrs},
+		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
+			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: "dev",
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
 			Settings: c.opts.Settings, CacheBytes: c.opts.CacheBytes},
 	}
 	for id := 1; id <= 3; id++ {
-		configs[Safekeeper(id)] = &config.Safekeeper{ID: uint64(id), Listen: c.socket(Safekeeper(id)), Dir: c.Dir(Safekeeper(id)),
-			Bucket: bucket, Keymgr: c.socket(Keymgr), Peers: peers}
+		configs[Safekeeper(id)] = &config.Safekeeper{ID: uint64(id), Listen: c.Socket(Safekeeper(id)), Dir: c.Dir(Safekeeper(id)),
+			Bucket: bucket, Keymgr: c.Socket(Keymgr), Peers: peers}
 	}
 	for role, cfg := range configs {
 		if err := config.Save(c.ConfigFile(role), cfg); err != nil {

@@ -164,6 +164,11 @@ func (s *Server) Start(ctx context.Context) error {
 		return err
 	}
 	defer log.Close()
+	if s.cred != nil { // pg_basebackup reads it like any other file there
+		if err := log.Chown(int(s.cred.Uid), int(s.cred.Gid)); err != nil {
+			return err
+		}
+	}
 	s.cmd = exec.Command(filepath.Join(s.bin, "postgres"), "-D", s.Dir)
 	s.prepareCommand(s.cmd)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
