@@ -28,7 +28,7 @@
 // Versions of one key at one LSN keep the order in which they were added. An empty layer is
 // not written.
 //
-// Example: two versions of one key, with 5 and 3 bytes of data: header 16; block 1 + (27+5) +
+// Example: two keys with a version each, of 5 and 3 bytes of data: header 16; block 1 + (27+5) +
 // (27+3) + 2*4 + 4 = 75, stored since S2 does not shrink it; index 42; filter 8 (its least
 // size); properties 76; trailer 32: together 249 bytes, before sealing.
 package layer
