@@ -423,6 +423,20 @@ func (c *Cluster) PID(role string) int {
 	return p.cmd.Process.Pid
 }
 
+// Exited tells whether a role's process has ended by itself.
+func (c *Cluster) Exited(role string) bool {
+	p := c.procs[role]
+	if p == nil {
+		return false
+	}
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // Running tells whether a role's process runs.
 func (c *Cluster) Running(role string) bool { return c.procs[role] != nil }
 
