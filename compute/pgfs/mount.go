@@ -22,7 +22,7 @@ const (
 	fsName   = "holdfast"
 	maxWrite = 1 << 20
 	// unmountWait bounds each of Unmount's two tries: in order, and by force.
-	unmountWait = 3 * time.Second
+	unmountWait = 2 * time.Second
 )
 
 type mountState struct {
@@ -121,25 +121,23 @@ func (fs *FS) Unmount() error {
 	default:
 	}
 	for begin := time.Now(); time.Since(begin) < unmountWait; {
-		err := unmount(fs.cfg.Mountpoint, 0)
-		if err == nil || !errors.Is(err, unix.EBUSY) {
+		if err := unmount(fs.cfg.Mountpoint, 0); !errors.Is(err, unix.EBUSY) {
 			break
 		}
 		if fs.waitDone(50 * time.Millisecond) {
 			return nil
 		}
 	}
-	if fs.waitDone(unmountWait) {
+	if left, err := mountsAt(filepath.Clean(fs.cfg.Mountpoint)); err == nil && len(left) == 0 && fs.waitDone(unmountWait) {
 		return nil
 	}
 	fs.stop() // who waits for the page server or the quorum gets an error
-	abort(fs.cfg.Mountpoint)
-	err := detach(fs.cfg.Mountpoint)
+	err := errors.Join(abort(fs.cfg.Mountpoint), detach(fs.cfg.Mountpoint))
 	if fs.waitDone(unmountWait) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("unmounting %s: %w", fs.cfg.Mountpoint, err)
+		return fmt.Errorf("unmounting %s by force: %w", fs.cfg.Mountpoint, err)
 	}
 	return fmt.Errorf("unmounting %s: it is detached, but a process still uses it; it ends with that process, or with the agent", fs.cfg.Mountpoint)
 }
@@ -224,16 +222,40 @@ func detachStale(point string) error {
 	return nil
 }
 
-// abort ends the connection to the kernel, where the FUSE control file system is mounted:
-// every request, under way or to come, fails.
-func abort(point string) {
+// abort ends the connection to the kernel: every request, under way or to come, fails.
+func abort(point string) error {
 	mounts, err := mountsAt(filepath.Clean(point))
 	if err != nil {
-		return
+		return err
 	}
+	control, done, err := controlDir()
+	if err != nil {
+		return err
+	}
+	defer done()
 	for _, m := range mounts {
 		if _, minor, ok := strings.Cut(m.device, ":"); ok && m.source == fsName {
-			_ = os.WriteFile("/sys/fs/fuse/connections/"+minor+"/abort", []byte("1"), 0)
+			err = errors.Join(err, os.WriteFile(filepath.Join(control, minor, "abort"), []byte("1"), 0))
 		}
 	}
+	return err
+}
+
+// controlDir is where the FUSE control file system is, mounted for the moment if need be.
+func controlDir() (dir string, done func(), err error) {
+	const usual = "/sys/fs/fuse/connections"
+	if entries, err := os.ReadDir(usual); err == nil && len(entries) > 0 {
+		return usual, func() {}, nil
+	}
+	if dir, err = os.MkdirTemp("", "fusectl-"); err != nil {
+		return "", nil, err
+	}
+	if err := unix.Mount("fusectl", dir, "fusectl", 0, ""); err != nil {
+		_ = os.Remove(dir)
+		return "", nil, fmt.Errorf("mounting the FUSE control file system: %w", err)
+	}
+	return dir, func() {
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+		_ = os.Remove(dir)
+	}, nil
 }
