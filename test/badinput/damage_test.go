@@ -160,7 +160,7 @@ var damages = []damage{
 	}},
 	{name: "a flipped bit in the manifest", do: oneFile("bucket", `/manifest$`, flipAt(0.5)), says: `manifest`},
 	{name: "the manifest truncated", do: oneFile("bucket", `/manifest$`, truncate), says: `manifest`},
-	{name: "a flipped bit in the KEK's document", do: oneFile("bucket", `^objects/(keymgr|keys)/`, flipAt(0.5)), says: `(?i)KEK|key`},
+	{name: "a flipped bit in the KEK's document", do: oneFile("bucket", `^objects/projects/[^/]+/keys\.json$`, flipAt(0.5)), says: `(?i)KEK|key`},
 	{name: "the KMS's keys damaged", do: oneFile("kms", `keys\.json$`, truncate), says: `keys\.json`},
 	{name: "the cluster's document damaged", do: oneFile("bucket", `manager/cluster\.json$`, truncate), says: `cluster\.json`},
 	{name: "a flipped bit in every file of one safekeeper", do: raftLog(2), says: `safekeeper2`, goesOn: true},
