@@ -78,8 +78,9 @@ func run(name string, args []string) (bool, error) {
 		return false, err
 	}
 	strict := os.Getenv("HOLDFAST_REQUIRE") != ""
+	ok := err == nil && r.failed == 0 && (!strict || r.skipped == 0)
 	r.print(name, strict, time.Since(began))
-	return err == nil && r.failed == 0 && (!strict || r.skipped == 0), nil
+	return ok, nil
 }
 
 func forwardSignals(p *os.Process) {
