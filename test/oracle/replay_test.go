@@ -38,6 +38,9 @@ type replayer struct {
 	// strategy WAL_LOG logs a map's page as a standard one, whose content is all hole.
 	blanked map[pg.RelTag]bool
 	errors  int
+
+	corpus   *corpus // nil unless it is to be written
+	switches []walrec.RawRecord
 }
 
 // Resource managers (rmgrlist.h).
@@ -82,6 +85,9 @@ func (r *replayer) replay(dir string, last pg.LSN) {
 					r.t.Fatal(err)
 				}
 				r.bytes += len(raw.Data)
+				if raw.IsSwitch {
+					r.switches = append(r.switches, walrec.RawRecord{LSN: raw.LSN, End: raw.End})
+				}
 				if err := r.apply(&rec); err != nil {
 					r.fail(err)
 				}
@@ -160,6 +166,9 @@ func (r *replayer) slruPage(p redo.SLRUPage) []byte {
 
 func (r *replayer) block(rec *walrec.Record, b *walrec.Block, c *tally) error {
 	p := r.page(b.Rel, b.Block)
+	if r.corpus != nil {
+		defer r.corpus.take(rec, b, p)()
+	}
 	var unsupported *redo.UnsupportedError
 	switch err := redo.ApplyBlock(b.Rel, b.Block, p, rec); {
 	case errors.As(err, &unsupported):

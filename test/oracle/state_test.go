@@ -1,6 +1,7 @@
 package oracle
 
 import (
+	"bytes"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -71,6 +72,9 @@ func (s *state) add(t *testing.T, p string, b []byte) {
 		c, err := pg.ParseControlFile(b)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if !bytes.Equal(c.Marshal(), b) {
+			t.Errorf("pg_control is not what its parsed form marshals to; first difference at %d", firstDifference(c.Marshal(), b))
 		}
 		s.control = c
 	case name == "pg_filenode.map":
