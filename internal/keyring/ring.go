@@ -25,11 +25,11 @@ var (
 // wipes every key of the project, and their users get seal.ErrWiped.
 type Ring interface {
 	// Generate makes a DEK for a new object and returns it with its wrapped form, which the
-	// caller stores beside the object. The ring may give out DEKs that it made in advance.
+	// caller stores beside the object. The key seals one file, or WAL under rising counters.
 	Generate(ctx context.Context, c seal.Context) (key *seal.Key, wrapped []byte, err error)
 
 	// Open unwraps the DEK of an object. It has seal.OpenFunc's signature. The ring keeps the
-	// keys it opened, within bounds; the caller may ask again for each use.
+	// keys it opened, within bounds; the caller may ask again for each use. They only open.
 	Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.Key, error)
 
 	// OnShred calls fn once when the project's lease ends, whatever the reason, after the
@@ -38,6 +38,7 @@ type Ring interface {
 	// new OnShred. cancel makes that fn is not called any more.
 	OnShred(project string, fn func(reason error)) (cancel func())
 
-	// Close wipes all keys and lets the leases go.
+	// Close wipes all keys and lets the leases go. It calls no OnShred function: who closes
+	// the ring drops its plaintext as well.
 	Close()
 }

@@ -1,0 +1,416 @@
+package keyring
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/boottime"
+	"github.com/holdfastdb/holdfast/internal/seal"
+)
+
+// project is a ring's part for one project: at most one lease, and the keys under it.
+type project struct {
+	ring     *ring
+	name     string
+	generate batcher[seal.Context, madeKey]
+	open     batcher[wrappedKey, *seal.Key]
+
+	mu struct {
+		sync.Mutex
+		// term numbers leases from 1 on, renewals and the key manager's restarts not counted; a key
+		// that was asked for in one term is of no use in another.
+		term      uint64
+		live      bool
+		leaseID   string
+		end       time.Duration // on boottime's clock
+		ttl       time.Duration
+		renewNow  chan struct{} // of the term's keeper
+		acquiring *acquisition
+		keys      *keySet
+		shred     map[uint64]func(error)
+		nextShred uint64
+	}
+}
+
+// acquisition is a call for a first lease, which several may wait for.
+type acquisition struct {
+	done chan struct{}
+	err  error
+}
+
+type madeKey struct {
+	key     *seal.Key
+	wrapped []byte
+}
+
+type wrappedKey struct {
+	context seal.Context
+	wrapped []byte
+}
+
+func newProject(r *ring, name string) *project {
+	p := &project{ring: r, name: name}
+	p.generate.call, p.generate.drop = p.callGenerate, func(m madeKey) { m.key.Wipe() }
+	p.open.call, p.open.drop = p.callOpen, func(*seal.Key) {} // it stays in the ring for the next
+	p.mu.keys = newKeySet()
+	p.mu.shred = make(map[uint64]func(error))
+	return p
+}
+
+func (p *project) currentTerm() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mu.term
+}
+
+// liveLocked also notices a lease that ran out while the machine slept.
+func (p *project) liveLocked() bool { return p.mu.live && boottime.Now() < p.mu.end }
+
+// cached gives a key at hand, if the lease lives.
+func (p *project) cached(name string) *seal.Key {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.liveLocked() {
+		return nil
+	}
+	return p.mu.keys.get(name)
+}
+
+func (p *project) onShred(fn func(error)) (cancel func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	id := p.mu.nextShred
+	p.mu.nextShred++
+	p.mu.shred[id] = fn
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.mu.shred, id)
+	}
+}
+
+// ensureLease takes out a lease if there is none.
+func (p *project) ensureLease(ctx context.Context) error {
+	p.mu.Lock()
+	if p.liveLocked() {
+		p.mu.Unlock()
+		return nil
+	}
+	a := p.mu.acquiring
+	if a == nil {
+		a = &acquisition{done: make(chan struct{})}
+		p.mu.acquiring = a
+		stale := p.mu.term
+		go func() {
+			p.end(stale, ErrUnreachable) // a lease that slept past its end, if any
+			a.err = p.acquire()
+			p.mu.Lock()
+			p.mu.acquiring = nil
+			p.mu.Unlock()
+			close(a.done)
+		}()
+	}
+	p.mu.Unlock()
+	select {
+	case <-a.done:
+		return a.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (p *project) acquire() error {
+	resp, end, err := p.ring.askLease(p.name, "", callTimeout)
+	if err != nil {
+		return err
+	}
+	r := p.ring
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.closed {
+		return fmt.Errorf("the key ring is closed: %w", ErrUnreachable)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mu.term++
+	p.mu.live, p.mu.renewNow = true, make(chan struct{}, 1)
+	p.extendLocked(resp, end)
+	r.wg.Add(1)
+	go p.keep(p.mu.term, p.mu.renewNow)
+	return nil
+}
+
+func (p *project) extendLocked(resp *pb.LeaseResponse, end time.Duration) {
+	p.mu.leaseID, p.mu.end = resp.LeaseId, end
+	p.mu.ttl = time.Duration(resp.TtlMs) * time.Millisecond
+}
+
+// renewal is what came of asking for a renewal.
+type renewal struct {
+	resp *pb.LeaseResponse
+	end  time.Duration
+	err  error
+}
+
+// keeper renews one term's lease.
+type keeper struct {
+	p       *project
+	term    uint64
+	renewAt time.Duration
+	asking  bool
+	answers chan renewal
+	cause   error // why the lease is not renewed, if it is not
+}
+
+// lookEvery bounds the wait between looks at the clock: a timer does not run while the
+// machine sleeps.
+const lookEvery = time.Second
+
+// keep renews a term's lease at about a third of its time, and ends the term when the lease
+// is denied or runs out, also while an answer is waited for.
+func (p *project) keep(term uint64, renewNow <-chan struct{}) {
+	defer p.ring.wg.Done()
+	k := &keeper{p: p, term: term, answers: make(chan renewal, 1), cause: ErrUnreachable}
+	p.mu.Lock()
+	k.renewAt = p.mu.end - p.mu.ttl*2/3
+	p.mu.Unlock()
+	for {
+		wait, alive := k.step()
+		if !alive {
+			return
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-p.ring.ctx.Done():
+			timer.Stop()
+			return // Close ends the term
+		case <-renewNow:
+			k.renewAt = boottime.Now()
+		case r := <-k.answers:
+			k.answered(r)
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// step ends the term if its time has come, or asks for a renewal, and gives how long to wait.
+func (k *keeper) step() (wait time.Duration, alive bool) {
+	p := k.p
+	p.mu.Lock()
+	live, end, ttl, id := p.mu.live && p.mu.term == k.term, p.mu.end, p.mu.ttl, p.mu.leaseID
+	p.mu.Unlock()
+	now := boottime.Now()
+	if live && now >= end {
+		p.end(k.term, fmt.Errorf("the lease on project %s ran out: %w", p.name, k.cause))
+		live = false
+	}
+	if !live {
+		return 0, false
+	}
+	if !k.asking && now >= k.renewAt {
+		k.asking = true
+		p.ring.wg.Go(func() {
+			resp, end, err := p.ring.askLease(p.name, id, min(end-now, ttl/2))
+			k.answers <- renewal{resp, end, err}
+		})
+	}
+	wait = min(end-now, lookEvery)
+	if !k.asking {
+		wait = min(wait, k.renewAt-now)
+	}
+	return wait, true
+}
+
+func (k *keeper) answered(r renewal) {
+	k.asking = false
+	switch {
+	case errors.Is(r.err, ErrRevoked):
+		k.p.end(k.term, fmt.Errorf("the lease on project %s was not renewed: %w", k.p.name, r.err))
+	case r.err != nil:
+		k.cause = errors.Join(ErrUnreachable, r.err)
+		k.p.mu.Lock()
+		k.renewAt = boottime.Now() + k.p.mu.ttl/10
+		k.p.mu.Unlock()
+	default:
+		k.cause = ErrUnreachable
+		k.renewAt = k.p.renewed(k.term, r.resp, r.end)
+	}
+}
+
+// renewed extends the term unless it ended meanwhile, and gives when to renew again.
+func (p *project) renewed(term uint64, resp *pb.LeaseResponse, end time.Duration) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mu.live && p.mu.term == term && boottime.Now() < p.mu.end {
+		p.extendLocked(resp, end)
+	}
+	return p.mu.end - p.mu.ttl*2/3
+}
+
+// end wipes a term's keys and then, unless the ring is closed (reason nil), tells those who hold
+// plaintext. It does nothing for a term that has ended.
+func (p *project) end(term uint64, reason error) {
+	p.mu.Lock()
+	if !p.mu.live || p.mu.term != term {
+		p.mu.Unlock()
+		return
+	}
+	p.mu.live, p.mu.leaseID = false, ""
+	p.mu.keys.wipe()
+	fns := p.mu.shred
+	p.mu.shred = make(map[uint64]func(error))
+	p.mu.Unlock()
+	if reason == nil {
+		return
+	}
+	for _, fn := range fns {
+		fn(reason)
+	}
+}
+
+// renewSoon has the keeper renew at once: a call's error said something about the lease.
+func (p *project) renewSoon() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mu.live {
+		select {
+		case p.mu.renewNow <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// withLease makes a call under the lease. If the key manager does not know the lease, it asks
+// for another, under which the term goes on, and calls once more.
+func (p *project) withLease(call func(ctx context.Context, leaseID string) error) (term uint64, err error) {
+	for attempt := 0; ; attempt++ {
+		p.mu.Lock()
+		id, live := p.mu.leaseID, p.liveLocked()
+		term = p.mu.term
+		p.mu.Unlock()
+		if !live {
+			return term, fmt.Errorf("%w: %w", ErrUnreachable, errEnded)
+		}
+		ctx, cancel := p.ring.callContext(callTimeout)
+		err := call(ctx, id)
+		cancel()
+		if err == nil {
+			return term, nil
+		}
+		if !isLeaseGone(err) || attempt > 0 {
+			err = callError(err)
+			if errors.Is(err, ErrRevoked) {
+				p.renewSoon() // whose answer decides over the term
+			}
+			return term, err
+		}
+		resp, end, err := p.ring.askLease(p.name, id, callTimeout)
+		if errors.Is(err, ErrRevoked) {
+			p.end(term, fmt.Errorf("the lease on project %s was not renewed: %w", p.name, err))
+		}
+		if err != nil {
+			return term, err
+		}
+		p.renewed(term, resp, end)
+	}
+}
+
+func dekContext(c seal.Context) *pb.DEKContext {
+	return &pb.DEKContext{Purpose: string(c.Purpose), Project: c.Project, Branch: c.Branch, Object: c.Object}
+}
+
+func (p *project) callGenerate(contexts []seal.Context) ([]madeKey, error) {
+	req := &pb.GenerateDEKsRequest{}
+	for _, c := range contexts {
+		req.Contexts = append(req.Contexts, dekContext(c))
+	}
+	var resp *pb.GenerateDEKsResponse
+	term, err := p.withLease(func(ctx context.Context, id string) (err error) {
+		req.LeaseId = id
+		resp, err = p.ring.client.GenerateDEKs(ctx, req, grpc.WaitForReady(true))
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(resp.Deks) != len(contexts) {
+		return nil, fmt.Errorf("%w: the key manager made %d keys of %d", ErrUnreachable, len(resp.Deks), len(contexts))
+	}
+	made := make([]madeKey, len(contexts))
+	for i, d := range resp.Deks {
+		k, err := seal.NewKey(d.Plaintext)
+		if err != nil {
+			return nil, fmt.Errorf("key manager: %w", err)
+		}
+		made[i] = madeKey{k, d.Wrapped}
+	}
+	return made, p.admit(term, func() {
+		for _, m := range made {
+			p.mu.keys.track(m.key)
+		}
+	}, func() {
+		for _, m := range made {
+			m.key.Wipe()
+		}
+	})
+}
+
+func (p *project) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
+	req := &pb.UnwrapDEKsRequest{}
+	for _, w := range wrapped {
+		req.Deks = append(req.Deks, &pb.WrappedDEK{Context: dekContext(w.context), Wrapped: w.wrapped})
+	}
+	var resp *pb.UnwrapDEKsResponse
+	term, err := p.withLease(func(ctx context.Context, id string) (err error) {
+		req.LeaseId = id
+		resp, err = p.ring.client.UnwrapDEKs(ctx, req, grpc.WaitForReady(true))
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(resp.Plaintexts) != len(wrapped) {
+		return nil, fmt.Errorf("%w: the key manager opened %d keys of %d", ErrUnreachable, len(resp.Plaintexts), len(wrapped))
+	}
+	keys := make([]*seal.Key, len(wrapped))
+	for i, raw := range resp.Plaintexts {
+		if keys[i], err = seal.NewOpenKey(raw); err != nil {
+			return nil, fmt.Errorf("key manager: %w", err)
+		}
+	}
+	return keys, p.admit(term, func() {
+		for i, w := range wrapped {
+			name := keyName(w.context, w.wrapped)
+			if have := p.mu.keys.get(name); have != nil { // asked for twice
+				keys[i].Wipe()
+				keys[i] = have
+				continue
+			}
+			p.mu.keys.put(name, keys[i])
+		}
+	}, func() {
+		for _, k := range keys {
+			k.Wipe()
+		}
+	})
+}
+
+// admit takes keys into the ring, or wipes them if the term in which they were asked for
+// has ended.
+func (p *project) admit(term uint64, take, wipe func()) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mu.term != term || !p.liveLocked() {
+		wipe()
+		return fmt.Errorf("%w: %w", ErrUnreachable, errEnded)
+	}
+	take()
+	return nil
+}

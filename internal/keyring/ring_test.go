@@ -1,0 +1,387 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/seal"
+)
+
+// fakeManager is a key manager in a struct. Its answers are set by the test.
+type fakeManager struct {
+	pb.KeyManagerClient
+	kek *seal.KEK
+
+	mu       sync.Mutex
+	err      error // of every call
+	ttl      time.Duration
+	leases   map[string]bool
+	asked    int // Lease calls
+	calls    int // GenerateDEKs and UnwrapDEKs calls
+	opened   int // keys in UnwrapDEKs
+	onUnwrap func()
+}
+
+func newFake(t *testing.T) *fakeManager {
+	t.Helper()
+	kek, err := seal.NewKEK(bytes.Repeat([]byte{7}, seal.KeySize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &fakeManager{kek: kek, ttl: time.Hour, leases: make(map[string]bool)}
+}
+
+func (f *fakeManager) set(fn func(*fakeManager)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	fn(f)
+}
+
+func (f *fakeManager) fail(err error) { f.set(func(f *fakeManager) { f.err = err }) }
+
+var (
+	revoked     = rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, "the key is disabled")
+	unreachable = rpc.Error(codes.Unavailable, nil, "no route")
+)
+
+func (f *fakeManager) Lease(_ context.Context, req *pb.LeaseRequest, _ ...grpc.CallOption) (*pb.LeaseResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked++
+	if f.err != nil {
+		return nil, f.err
+	}
+	id := req.LeaseId
+	if !f.leases[id] {
+		id = fmt.Sprint("lease", f.asked)
+		f.leases[id] = true
+	}
+	return &pb.LeaseResponse{LeaseId: id, TtlMs: f.ttl.Milliseconds()}, nil
+}
+
+func (f *fakeManager) use(id string) error {
+	f.calls++
+	if f.err != nil {
+		return f.err
+	}
+	if !f.leases[id] {
+		return rpc.Error(codes.FailedPrecondition, nil, "no such lease")
+	}
+	return nil
+}
+
+func contextOf(c *pb.DEKContext) seal.Context {
+	return seal.Context{Purpose: seal.Purpose(c.Purpose), Project: c.Project, Branch: c.Branch, Object: c.Object}
+}
+
+func (f *fakeManager) GenerateDEKs(_ context.Context, req *pb.GenerateDEKsRequest, _ ...grpc.CallOption) (*pb.GenerateDEKsResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.use(req.LeaseId); err != nil {
+		return nil, err
+	}
+	resp := &pb.GenerateDEKsResponse{}
+	for i, c := range req.Contexts {
+		raw := bytes.Repeat([]byte{byte(f.calls), byte(i)}, seal.KeySize/2)
+		wrapped, err := f.kek.Wrap(1, contextOf(c), raw)
+		if err != nil {
+			return nil, err
+		}
+		resp.Deks = append(resp.Deks, &pb.DEK{Plaintext: raw, Wrapped: wrapped})
+	}
+	return resp, nil
+}
+
+func (f *fakeManager) UnwrapDEKs(_ context.Context, req *pb.UnwrapDEKsRequest, _ ...grpc.CallOption) (*pb.UnwrapDEKsResponse, error) {
+	f.mu.Lock()
+	hook := f.onUnwrap
+	f.mu.Unlock()
+	if hook != nil {
+		hook()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.use(req.LeaseId); err != nil {
+		return nil, err
+	}
+	resp := &pb.UnwrapDEKsResponse{}
+	for _, d := range req.Deks {
+		raw, err := f.kek.Unwrap(contextOf(d.Context), d.Wrapped)
+		if err != nil {
+			return nil, rpc.Error(codes.DataLoss, nil, "%v", err)
+		}
+		f.opened++
+		resp.Plaintexts = append(resp.Plaintexts, raw)
+	}
+	return resp, nil
+}
+
+func object(i int) seal.Context {
+	return seal.Context{Purpose: seal.PurposeWAL, Project: "p", Branch: "b", Object: fmt.Sprint("o", i)}
+}
+
+func newRing(t *testing.T, f *fakeManager) Ring {
+	r := New(f, "node")
+	t.Cleanup(r.Close)
+	return r
+}
+
+func mustGenerate(t *testing.T, r Ring, i int) (*seal.Key, []byte) {
+	t.Helper()
+	k, wrapped, err := r.Generate(t.Context(), object(i))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k, wrapped
+}
+
+func wiped(k *seal.Key) bool {
+	_, err := seal.OpenWAL(nil, k, object(0), 1, 2, 3, make([]byte, 20))
+	return errors.Is(err, seal.ErrWiped)
+}
+
+func TestGenerateAndOpen(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	k, wrapped := mustGenerate(t, r, 1)
+	sealed, err := seal.SealWAL(nil, k, object(1), 1, 2, 0, []byte("wal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		opened, err := r.Open(t.Context(), object(1), wrapped)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if plain, err := seal.OpenWAL(nil, opened, object(1), 1, 2, 0, sealed); err != nil || string(plain) != "wal" {
+			t.Errorf("opened %q, %v", plain, err)
+		}
+		if _, err := seal.SealWAL(nil, opened, object(1), 1, 2, 9, nil); err == nil {
+			t.Error("an opened key seals: its counters may have been used")
+		}
+	}
+	if f.opened != 1 || f.asked != 1 {
+		t.Errorf("%d keys opened, %d leases asked for; want 1 and 1", f.opened, f.asked)
+	}
+	if _, err := r.Open(t.Context(), object(2), wrapped); err == nil {
+		t.Error("a wrapped key opens for another object, after the ring opened it for its own")
+	}
+}
+
+func TestDenialWipesAndTells(t *testing.T) {
+	f := newFake(t)
+	f.ttl = 300 * time.Millisecond
+	r := newRing(t, f)
+	reasons := make(chan error, 10)
+	r.OnShred("p", func(err error) { reasons <- err })
+	cancel := r.OnShred("p", func(error) { t.Error("a cancelled function was called") })
+	cancel()
+	k, wrapped := mustGenerate(t, r, 1)
+	opened, err := r.Open(t.Context(), object(1), wrapped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.fail(revoked)
+	if err := <-reasons; !errors.Is(err, ErrRevoked) {
+		t.Errorf("reason %v, want ErrRevoked", err)
+	}
+	if !wiped(k) || !wiped(opened) {
+		t.Error("a key outlived the lease")
+	}
+	if _, err := r.Open(t.Context(), object(1), wrapped); !errors.Is(err, ErrRevoked) {
+		t.Errorf("Open: %v, want ErrRevoked", err)
+	}
+	if _, _, err := r.Generate(t.Context(), object(2)); !errors.Is(err, ErrRevoked) {
+		t.Errorf("Generate: %v, want ErrRevoked", err)
+	}
+	// Enabled again, it all works by itself; the function was called once.
+	f.fail(nil)
+	if again, err := r.Open(t.Context(), object(1), wrapped); err != nil || wiped(again) {
+		t.Errorf("after enabling: %v", err)
+	}
+	if len(reasons) != 0 {
+		t.Error("the function was called again")
+	}
+}
+
+func TestLeaseRunsOutWhenNobodyAnswers(t *testing.T) {
+	f := newFake(t)
+	f.ttl = 200 * time.Millisecond
+	r := newRing(t, f)
+	reasons := make(chan error, 1)
+	r.OnShred("p", func(err error) { reasons <- err })
+	k, _ := mustGenerate(t, r, 1)
+	f.fail(unreachable)
+	if err := <-reasons; !errors.Is(err, ErrUnreachable) || errors.Is(err, ErrRevoked) {
+		t.Errorf("reason %v, want ErrUnreachable", err)
+	}
+	if !wiped(k) {
+		t.Error("the key outlived the lease")
+	}
+	if _, _, err := r.Generate(t.Context(), object(1)); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("Generate: %v, want ErrUnreachable", err)
+	}
+}
+
+func TestRenewalKeepsKeysAlive(t *testing.T) {
+	f := newFake(t)
+	f.ttl = 60 * time.Millisecond
+	r := newRing(t, f)
+	r.OnShred("p", func(err error) { t.Errorf("shredded: %v", err) })
+	k, _ := mustGenerate(t, r, 1)
+	for n := 0; n < 10; time.Sleep(time.Millisecond) {
+		f.set(func(f *fakeManager) { n = f.asked })
+	}
+	if wiped(k) {
+		t.Error("the key was wiped although the lease is renewed")
+	}
+	r.Close()
+	if !wiped(k) {
+		t.Error("the key outlived Close")
+	}
+}
+
+func TestRestartedKeyManagerCostsNoKeys(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	r.OnShred("p", func(err error) { t.Errorf("shredded: %v", err) })
+	k, wrapped := mustGenerate(t, r, 1)
+	f.set(func(f *fakeManager) { clear(f.leases) })
+	if _, err := r.Open(t.Context(), object(1), wrapped); err != nil {
+		t.Errorf("Open under a lease that was forgotten: %v", err)
+	}
+	if wiped(k) {
+		t.Error("the key was wiped")
+	}
+}
+
+func TestConcurrentRequestsShareCalls(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	const n = 200
+	var wrapped [n][]byte
+	for i := range n {
+		_, wrapped[i] = mustGenerate(t, r, i)
+	}
+	// The first call waits until all have asked.
+	gate, entered := make(chan struct{}), make(chan struct{}, n)
+	f.set(func(f *fakeManager) {
+		f.calls = 0
+		f.onUnwrap = func() { entered <- struct{}{}; <-gate }
+	})
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() {
+			c, w, damaged := object(i), wrapped[i], i == 77
+			if damaged {
+				w = append(bytes.Clone(w[:len(w)-1]), w[len(w)-1]^1)
+			}
+			if _, err := r.Open(t.Context(), c, w); (err != nil) != damaged {
+				t.Errorf("%d: %v", i, err)
+			}
+		})
+	}
+	<-entered
+	p, err := r.(*ring).project("p")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for waiting := 0; waiting < n-1; time.Sleep(time.Millisecond) {
+		p.open.mu.Lock()
+		waiting = len(p.open.mu.waiting)
+		p.open.mu.Unlock()
+	}
+	close(gate)
+	wg.Wait()
+	if f.opened < n-1 {
+		t.Errorf("%d keys opened, want %d", f.opened, n-1)
+	}
+	// One for the first, one for the rest, which fails over the damaged one, then one each.
+	if f.calls > n+2 {
+		t.Errorf("%d calls for %d keys", f.calls, n)
+	}
+}
+
+func TestCallerWhoGoesAwayLeavesNoKey(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	_, wrapped := mustGenerate(t, r, 1)
+	gate, entered := make(chan struct{}), make(chan struct{}, 2)
+	f.set(func(f *fakeManager) { f.onUnwrap = func() { entered <- struct{}{}; <-gate } })
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		_, err := r.Open(ctx, object(1), wrapped)
+		done <- err
+	}()
+	<-entered
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("Open = %v", err)
+	}
+	// The lease ends while the call is under way: its key is not let in.
+	r.(*ring).mu.Lock()
+	p := r.(*ring).mu.projects["p"]
+	r.(*ring).mu.Unlock()
+	p.end(p.currentTerm(), ErrRevoked)
+	close(gate)
+	for running := true; running; time.Sleep(time.Millisecond) {
+		p.open.mu.Lock()
+		running = p.open.mu.running
+		p.open.mu.Unlock()
+	}
+	if p.cached(keyName(object(1), wrapped)) != nil {
+		t.Error("a key was let in after its lease ended")
+	}
+}
+
+func TestPushedOutKeysAreStillWiped(t *testing.T) {
+	s := newKeySet()
+	newKey := func() *seal.Key {
+		k, err := seal.NewOpenKey(make([]byte, seal.KeySize))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	first := newKey()
+	s.put("first", first)
+	for i := range maxCached + 10 {
+		s.put(fmt.Sprint(i), newKey())
+		if i%512 == 0 {
+			runtime.GC()
+		}
+	}
+	if s.get("first") != nil || s.recent.Len() != maxCached || len(s.byName) != maxCached {
+		t.Errorf("the set holds %d keys, and the first: %v", s.recent.Len(), s.get("first") != nil)
+	}
+	last := s.get(fmt.Sprint(maxCached))
+	s.wipe()
+	if !wiped(first) || !wiped(last) {
+		t.Error("a key in use was not wiped")
+	}
+}
+
+func TestClosedRing(t *testing.T) {
+	r := New(newFake(t), "node")
+	r.Close()
+	r.Close()
+	if _, _, err := r.Generate(t.Context(), object(1)); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("Generate: %v", err)
+	}
+	r.OnShred("p", nil)()
+	if _, err := r.Open(t.Context(), seal.Context{}, nil); err == nil {
+		t.Error("an empty context was taken")
+	}
+}
