@@ -1,0 +1,367 @@
+package compute
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/holdfastdb/holdfast/compute/boot"
+	"github.com/holdfastdb/holdfast/compute/pageclient"
+	"github.com/holdfastdb/holdfast/compute/pgfs"
+	"github.com/holdfastdb/holdfast/compute/pgproc"
+	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/compute/wal"
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/hardening"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/seal"
+	"github.com/holdfastdb/holdfast/internal/walclient"
+)
+
+// agent is one life of an endpoint. Its parts are opened in the order of the fields and
+// closed by end.
+type agent struct {
+	cfg  Config
+	log  *slog.Logger
+	user pgproc.User
+
+	// life ends when this compute must not go on, its cause saying why. stopped is the
+	// cause when the agent was only asked to end.
+	life context.Context
+	kill context.CancelCauseFunc
+
+	folder   *Folder
+	settings *boot.Settings
+	keyConn  *grpc.ClientConn
+	ring     keyring.Ring
+	noShred  func()
+	pageConn *grpc.ClientConn
+	wal      *walclient.Client
+	epoch    walclient.Epoch
+	appender *walclient.Appender
+	fs       *pgfs.FS
+	postgres *postgres
+
+	phases []any // name and duration of each phase of the start
+	last   time.Time
+}
+
+// errStopped is the cause of a life's end that was asked for.
+var errStopped = errors.New("stopped")
+
+// Run runs the endpoint until ctx ends (then Postgres is shut down in order and the result
+// is nil) or something ends it. It says on standard output when Postgres takes connections.
+func Run(ctx context.Context, cfg Config) error {
+	cfg.EnsureDefaults()
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if err := hardening.Process(); err != nil {
+		return err
+	}
+	a := &agent{cfg: cfg, log: cfg.Logger, last: time.Now()}
+	a.life, a.kill = context.WithCancelCause(context.Background())
+	err := a.run(ctx)
+	return errors.Join(err, a.end())
+}
+
+func (a *agent) run(ctx context.Context) error {
+	// While the start is under way, to be asked to end is to give up.
+	giveUp := context.AfterFunc(ctx, func() { a.kill(errStopped) })
+	if err := a.start(a.life); err != nil {
+		giveUp()
+		switch cause := context.Cause(a.life); {
+		case errors.Is(cause, errStopped):
+			return nil
+		case cause != nil:
+			return cause
+		}
+		return err
+	}
+	if !giveUp() {
+		return nil
+	}
+	if err := a.ready(); err != nil {
+		return err
+	}
+	return a.supervise(ctx)
+}
+
+// phase notes how long the part of the start that has just ended took.
+func (a *agent) phase(name string) {
+	now := time.Now()
+	a.phases = append(a.phases, name, now.Sub(a.last).Round(100*time.Microsecond).String())
+	a.last = now
+}
+
+// start goes through the steps of the package's comment.
+func (a *agent) start(ctx context.Context) error {
+	for _, step := range []struct {
+		name string
+		do   func(context.Context) error
+	}{
+		{"prepare", a.prepare}, {"lease", a.lease}, {"epoch", a.openEpoch}, {"state", a.mountAtEnd},
+		{"address", func(ctx context.Context) error { return awaitAddress(ctx, a.cfg.Listen) }},
+		{"postgres", a.startPostgres},
+	} {
+		if err := step.do(ctx); err != nil {
+			return err
+		}
+		a.phase(step.name)
+	}
+	return nil
+}
+
+func (a *agent) prepare(context.Context) (err error) {
+	if a.user, err = pgproc.FindUser(); err != nil {
+		return err
+	}
+	agentName, err := agentUser()
+	if err != nil {
+		return err
+	}
+	if a.folder, err = OpenFolder(a.cfg.Dir, a.user); err != nil {
+		return err
+	}
+	a.settings = &boot.Settings{Listen: a.cfg.Listen, SocketDir: a.folder.Socket, AgentUser: agentName,
+		PrivateShm: pgproc.Isolated(), Extra: a.cfg.ExtraSettings}
+	return a.settings.Validate()
+}
+
+// lease takes the lease on the project's keys by asking for one; the key itself is not
+// used: what this process seals, it seals under its per-boot key. From here on the lease's
+// end is Postgres's end (K2).
+func (a *agent) lease(ctx context.Context) (err error) {
+	if a.keyConn, err = rpc.Dial(a.cfg.KeyManager); err != nil {
+		return err
+	}
+	a.ring = keyring.New(pb.NewKeyManagerClient(a.keyConn), "compute/"+a.cfg.Name)
+	a.noShred = a.ring.OnShred(a.cfg.Project, func(reason error) {
+		a.kill(fmt.Errorf("the lease on the project's keys has ended: %w", reason))
+	})
+	key, _, err := a.ring.Generate(ctx, seal.Context{Purpose: seal.PurposeSecret, Project: a.cfg.Project, Branch: a.cfg.Branch, Object: "compute/" + a.cfg.Name})
+	if err != nil {
+		return fmt.Errorf("taking a lease on the project's keys: %w", err)
+	}
+	key.Wipe()
+	return nil
+}
+
+// openEpoch fences every older compute of the branch.
+func (a *agent) openEpoch(ctx context.Context) (err error) {
+	if a.wal, err = walclient.New(a.cfg.Project, a.cfg.Branch, a.cfg.Safekeepers, a.log); err != nil {
+		return err
+	}
+	if a.epoch, err = a.wal.OpenEpoch(ctx, a.cfg.Name); err != nil {
+		return fmt.Errorf("opening an epoch at the safekeepers: %w", err)
+	}
+	a.appender = a.wal.Append(a.epoch.Number, a.epoch.End)
+	go func() {
+		select {
+		case <-a.appender.Done():
+			a.kill(a.appendingEnded())
+		case <-a.life.Done():
+		}
+	}()
+	return nil
+}
+
+func (a *agent) appendingEnded() error {
+	err := a.appender.Err()
+	switch {
+	case errors.Is(err, walclient.ErrFenced):
+		return fmt.Errorf("%w: epoch %d: %w", ErrFenced, a.epoch.Number, err)
+	case err == nil:
+		return errors.New("the stream to the safekeepers was closed")
+	}
+	return fmt.Errorf("sending WAL to the safekeepers: %w", err)
+}
+
+// mountAtEnd commits the fabricated checkpoint and, meanwhile, mounts the data directory.
+func (a *agent) mountAtEnd(ctx context.Context) (err error) {
+	if a.pageConn, err = rpc.Dial(a.cfg.PageServer); err != nil {
+		return err
+	}
+	pages := pageclient.New(a.pageConn, a.cfg.Project, a.cfg.Branch, a.log)
+	state, err := pages.StartupState(ctx, a.epoch.End)
+	if err != nil {
+		return err
+	}
+	a.phase("state")
+	plan, err := boot.Make(boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Now: time.Now()})
+	if err != nil {
+		return err
+	}
+	w, err := wal.NewWriter(a.appender, plan.Begin, plan.Page)
+	if err != nil {
+		return err
+	}
+	if err := w.Write(plan.Begin, plan.WAL); err != nil {
+		return err
+	}
+	store, err := scratch.Open(a.folder.Scratch)
+	if err != nil {
+		return err
+	}
+	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: pages.At(a.epoch.End), WAL: w, StartLSN: a.epoch.End,
+		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
+	if err != nil {
+		return errors.Join(err, store.Wipe())
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := w.Sync(ctx); err != nil {
+			return fmt.Errorf("committing the checkpoint at %v: %w", plan.Checkpoint, err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		if err := writePlan(a.fs, plan); err != nil {
+			return err
+		}
+		return a.fs.Mount()
+	})
+	err = g.Wait()
+	a.phase("mount")
+	return err
+}
+
+// logFolder and logFile are where a superuser finds Postgres's log, sealed like all else.
+const (
+	logFolder = "log"
+	logFile   = logFolder + "/postgresql.log"
+)
+
+func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
+	for _, dir := range append(plan.Dirs, logFolder) {
+		if err := fs.MkdirAll(dir); err != nil {
+			return fmt.Errorf("making the data directory: %w", err)
+		}
+	}
+	for _, f := range plan.Files {
+		if err := fs.WriteFile(f.Path, f.Data); err != nil {
+			return fmt.Errorf("making the data directory: %w", err)
+		}
+	}
+	return nil
+}
+
+func (a *agent) startPostgres(ctx context.Context) (err error) {
+	if a.postgres, err = startPostgres(a.folder.Mount, a.user, a.settings, a.log); err != nil {
+		return err
+	}
+	context.AfterFunc(a.life, a.postgres.Kill) // at once, whatever else is under way
+	return a.postgres.awaitReady(ctx)
+}
+
+// ready tells the world: the log, and who started this process.
+func (a *agent) ready() error {
+	a.log.Info("the endpoint is ready", append([]any{"epoch", a.epoch.Number, "lsn", a.epoch.End.String(), "listen", a.cfg.Listen}, a.phases...)...)
+	err := json.NewEncoder(os.Stdout).Encode(struct {
+		Event string `json:"event"`
+		Epoch uint64 `json:"epoch"`
+	}{"ready", a.epoch.Number})
+	if err != nil {
+		return fmt.Errorf("telling that the endpoint is ready: %w", err)
+	}
+	return nil
+}
+
+// supervise holds Postgres and what it stands on together.
+func (a *agent) supervise(ctx context.Context) error {
+	work, stop := context.WithCancel(a.life)
+	var jobs errgroup.Group
+	jobs.Go(func() error { a.postgres.poll(work, a.fs, a.log); return nil })
+	jobs.Go(func() error { a.keepLog(work); return nil })
+	defer func() { stop(); _ = jobs.Wait() }()
+	select {
+	case <-a.life.Done():
+		return context.Cause(a.life)
+	case <-a.postgres.Done():
+		if cause := a.fencedSoon(); cause != nil {
+			return cause
+		}
+		return a.postgres.ended()
+	case <-a.fs.Done():
+		return errors.New("the mount has ended: somebody unmounted it, or its connection was aborted")
+	case <-ctx.Done():
+		a.log.Info("stopping Postgres")
+		a.postgres.stop(a.life.Done())
+		if cause := context.Cause(a.life); cause != nil {
+			return cause
+		}
+		return nil
+	}
+}
+
+// fencedSoon tells whether Postgres ended because its last flush failed: it can be faster
+// than the news that this compute may not append any more.
+func (a *agent) fencedSoon() error {
+	select {
+	case <-a.life.Done():
+		return context.Cause(a.life)
+	case <-time.After(100 * time.Millisecond):
+		return nil
+	}
+}
+
+// keepLog keeps the sealed file of Postgres's log up to date.
+func (a *agent) keepLog(ctx context.Context) {
+	var kept uint64
+	for {
+		if a.postgres.log.Version() != kept {
+			text, version := a.postgres.log.Tail()
+			if err := a.fs.WriteFile(logFile, text); err != nil {
+				a.log.Warn("keeping Postgres's log", "error", err)
+			}
+			kept = version
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// end closes what start opened. Postgres first, and at once: whatever the reason, nothing
+// may run over a mount that goes away. Then the keys of all that is local are forgotten.
+func (a *agent) end() error {
+	a.kill(errStopped) // if nothing else did
+	var errs []error
+	if a.postgres != nil && !a.postgres.kill() {
+		errs = append(errs, fmt.Errorf("Postgres (process %d) did not die within %v of SIGKILL", a.postgres.PID(), killWait))
+	}
+	if a.fs != nil {
+		errs = append(errs, a.fs.Wipe(), a.fs.Unmount())
+	}
+	if a.appender != nil {
+		a.appender.Close()
+	}
+	if a.wal != nil {
+		errs = append(errs, a.wal.Close())
+	}
+	if a.noShred != nil {
+		a.noShred()
+	}
+	if a.ring != nil {
+		a.ring.Close()
+	}
+	for _, conn := range []*grpc.ClientConn{a.keyConn, a.pageConn} {
+		if conn != nil {
+			errs = append(errs, conn.Close())
+		}
+	}
+	if a.folder != nil {
+		errs = append(errs, a.folder.Remove())
+	}
+	return errors.Join(errs...)
+}

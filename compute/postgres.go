@@ -1,0 +1,231 @@
+package compute
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/holdfastdb/holdfast/compute/boot"
+	"github.com/holdfastdb/holdfast/compute/pgfs"
+	"github.com/holdfastdb/holdfast/compute/pgproc"
+	"github.com/holdfastdb/holdfast/internal/pg"
+)
+
+// postgres is the server as a child of this process.
+type postgres struct {
+	*pgproc.Process
+	log      *pgproc.Log
+	settings *boot.Settings
+}
+
+// awaitAddress waits until the address can be listened on: the kernel may still be busy with
+// ending the Postgres of an agent that was killed. Postgres itself would give up at once.
+func awaitAddress(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, listenWait)
+	defer cancel()
+	for {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		if err == nil {
+			return l.Close()
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("address for clients: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("address for clients: %w; stop what listens there, or choose another address", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func startPostgres(mount string, user pgproc.User, settings *boot.Settings, log *slog.Logger) (*postgres, error) {
+	path, err := pgproc.Binary("postgres")
+	if err != nil {
+		return nil, err
+	}
+	out := &pgproc.Log{Panic: func(state string) {
+		log.Error("Postgres panicked; its log, which may hold users' data, is not shown", "sqlstate", state)
+	}}
+	p, err := pgproc.Start(pgproc.Command{Path: path, Args: append([]string{"-D", mount}, settings.Args()...), User: user, Stdout: out, Stderr: out})
+	if err != nil {
+		return nil, err
+	}
+	return &postgres{Process: p, log: out, settings: settings}, nil
+}
+
+// ended describes Postgres's end.
+func (p *postgres) ended() error {
+	err := p.Err()
+	if err == nil {
+		err = errors.New("exit status 0")
+	}
+	if said := p.log.Startup(); said != "" {
+		return fmt.Errorf("Postgres ended before it took connections (%w); it said:\n%s", err, said)
+	}
+	return fmt.Errorf("Postgres ended: %w", err)
+}
+
+// stop shuts Postgres down in order, then with less and less of it. cut ends the patience.
+func (p *postgres) stop(cut <-chan struct{}) {
+	for _, step := range []struct {
+		signal syscall.Signal
+		wait   time.Duration
+	}{{syscall.SIGINT, stopWait}, {syscall.SIGQUIT, quitWait}} {
+		p.Signal(step.signal)
+		select {
+		case <-p.Done():
+			return
+		case <-cut:
+			p.kill()
+			return
+		case <-time.After(step.wait):
+		}
+	}
+	p.kill()
+}
+
+// kill kills Postgres with all its backends and tells whether they are gone.
+func (p *postgres) kill() bool {
+	p.Kill()
+	select {
+	case <-p.Done():
+		return true
+	case <-time.After(killWait):
+		return false
+	}
+}
+
+// Bounds of the agent's own connection.
+const (
+	connectTimeout = 5 * time.Second
+	queryTimeout   = 10 * time.Second
+	pollInterval   = 2 * time.Second
+	noSuchDatabase = "3D000"
+)
+
+// connect opens the agent's connection over the private socket.
+func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn, error) {
+	// Every parameter that the environment could set is set here.
+	cfg, err := pgconn.ParseConfig("sslmode=disable passfile=/dev/null servicefile=/dev/null user=" + boot.Superuser)
+	if err != nil {
+		return nil, err
+	}
+	port, err := net.LookupPort("tcp", p.settings.Port())
+	if err != nil {
+		return nil, err
+	}
+	cfg.Host, cfg.Port, cfg.Database, cfg.Password = p.settings.SocketDir, uint16(port), database, ""
+	cfg.TLSConfig, cfg.Fallbacks, cfg.ConnectTimeout = nil, nil, connectTimeout
+	cfg.RuntimeParams = map[string]string{"application_name": "holdfast", "statement_timeout": "5s", "search_path": ""}
+	return pgconn.ConnectConfig(ctx, cfg)
+}
+
+// open connects to the database postgres or, where somebody dropped that, template1. A
+// connection to template1 must not stay: it keeps users from making databases.
+func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, err error) {
+	conn, err = p.connect(ctx, "postgres")
+	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && pgErr.Code == noSuchDatabase {
+		conn, err = p.connect(ctx, "template1")
+		return conn, false, err
+	}
+	return conn, true, err
+}
+
+// awaitReady waits until Postgres answers a query.
+func (p *postgres) awaitReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("Postgres did not answer within %v", readyTimeout))
+	defer cancel()
+	var last error
+	for {
+		conn, _, err := p.open(ctx)
+		if err == nil {
+			err = conn.Exec(ctx, "SELECT 1").Close()
+			closeConn(conn)
+			if err == nil {
+				return nil
+			}
+		}
+		last = err
+		select {
+		case <-p.Done():
+			return p.ended()
+		case <-ctx.Done():
+			return fmt.Errorf("%w (last: %w)", context.Cause(ctx), last)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func closeConn(conn *pgconn.PgConn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = conn.Close(ctx) // the server may be gone
+}
+
+// poll tells the mount, now and then, what runs in Postgres, so that it may let pages go
+// (C1). When a poll fails, pages stay.
+func (p *postgres) poll(ctx context.Context, fs *pgfs.FS, log *slog.Logger) {
+	var conn *pgconn.PgConn
+	defer func() {
+		if conn != nil {
+			closeConn(conn)
+		}
+	}()
+	for failed := false; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pollInterval):
+		}
+		stay := true
+		var err error
+		if conn == nil || conn.IsClosed() {
+			conn, stay, err = p.open(ctx)
+		}
+		if err == nil {
+			err = pollOnce(ctx, conn, fs)
+		}
+		if conn != nil && (err != nil || !stay) {
+			closeConn(conn)
+			conn = nil
+		}
+		if err != nil && !failed && ctx.Err() == nil {
+			log.Warn("asking Postgres what runs in it", "error", err)
+		}
+		failed = err != nil
+	}
+}
+
+// running asks which transactions run, then how far WAL was inserted: in that order.
+const running = `SELECT virtualtransaction FROM pg_catalog.pg_locks
+WHERE locktype OPERATOR(pg_catalog.=) 'virtualxid' AND pid OPERATOR(pg_catalog.<>) pg_catalog.pg_backend_pid();
+SELECT pg_catalog.pg_current_wal_insert_lsn()`
+
+func pollOnce(ctx context.Context, conn *pgconn.PgConn, fs *pgfs.FS) error {
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	results, err := conn.Exec(ctx, running).ReadAll()
+	if err != nil {
+		return err
+	}
+	if len(results) != 2 || len(results[1].Rows) != 1 || len(results[1].Rows[0]) != 1 {
+		return fmt.Errorf("%d results, want the running transactions and an LSN", len(results))
+	}
+	insert, err := pg.ParseLSN(string(results[1].Rows[0][0]))
+	if err != nil {
+		return err
+	}
+	vxids := make(map[string]struct{}, len(results[0].Rows))
+	for _, row := range results[0].Rows {
+		vxids[string(row[0])] = struct{}{}
+	}
+	fs.Advance(vxids, insert)
+	return nil
+}
