@@ -1,0 +1,41 @@
+package walstate
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// image is the form of a State in a Raft snapshot. Chunks are no part of it: they are in
+// entries that follow the snapshot, or kept elsewhere.
+type image struct {
+	Version  int
+	Applied  uint64
+	Branches []*Branch
+}
+
+const imageVersion = 1
+
+// Snapshot writes the state down.
+func (s *State) Snapshot() ([]byte, error) {
+	return json.Marshal(image{Version: imageVersion, Applied: s.applied, Branches: s.Branches()})
+}
+
+// Restore makes a State from what Snapshot wrote.
+func Restore(data []byte) (*State, error) {
+	var im image
+	if err := json.Unmarshal(data, &im); err != nil {
+		return nil, fmt.Errorf("snapshot of the branch table: %w", err)
+	}
+	if im.Version != imageVersion {
+		return nil, fmt.Errorf("snapshot of the branch table has version %d, this program reads %d", im.Version, imageVersion)
+	}
+	s := New()
+	s.applied = im.Applied
+	for _, b := range im.Branches {
+		if b == nil || b.No == 0 || s.branches[b.No] != nil || s.byName[b.Name] != nil || b.End < b.Start || b.Durable > b.End {
+			return nil, fmt.Errorf("snapshot of the branch table: a branch is damaged")
+		}
+		s.add(b)
+	}
+	return s, nil
+}
