@@ -71,10 +71,10 @@ func TestNothingRestsInPlaintext(t *testing.T) {
 		t.Fatal(err)
 	}
 	w, err := Run(ctx, c.Target())
-	defer w.Close()
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer w.Close()
 	w.Canaries["superuser password"] = cluster.Password
 	fillLayers(t, ctx, c)
 	scanAll(t, "running", c, dir, w.Canaries)

@@ -39,10 +39,10 @@ func TestEveryCanaryIsFoundInStockPostgres(t *testing.T) {
 		}
 	})
 	w, err := Run(ctx, server.Target())
-	defer w.Close()
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer w.Close()
 	s := NewScanner(w.Canaries)
 	if err := s.ScanTree(dir); err != nil {
 		t.Fatal(err)

@@ -46,11 +46,13 @@ func Run(ctx context.Context, t pgtools.Target) (*Workload, error) {
 	} {
 		conn, err := t.Connect(ctx)
 		if err != nil {
-			return w, err
+			w.Close()
+			return nil, err
 		}
 		w.sessions = append(w.sessions, conn)
 		if err := step(ctx, conn); err != nil {
-			return w, err
+			w.Close()
+			return nil, err
 		}
 	}
 	return w, t.Exec(ctx, "CHECKPOINT")

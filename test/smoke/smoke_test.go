@@ -243,3 +243,39 @@ func TestKeyRotationGoesUnnoticed(t *testing.T) {
 		t.Errorf("after a rotation and a restart: %s rows, want 2000", got)
 	}
 }
+
+// Disabled, the key stops everything by itself; enabled again, everything resumes by itself.
+func TestDisabledKeyShutsAndEnabledKeyOpens(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	c := start(t, ctx, nil)
+	if err := c.Target().Exec(ctx, "CREATE TABLE held AS SELECT generate_series(1, 1000) AS i"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.CLI(ctx, "kms", "disable"); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	for c.Target().Exec(ctx, "SELECT 1") == nil {
+		select {
+		case <-ctx.Done():
+			t.Fatal("PostgreSQL still answers under a disabled key")
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	t.Logf("SHOW: shut %.1fs after the key was disabled", time.Since(began).Seconds())
+	if out, err := c.CLI(ctx, "status"); err != nil || !strings.Contains(out, "revoked") {
+		t.Errorf("status under a disabled key: %q, %v; want revoked", out, err)
+	}
+	if _, err := c.CLI(ctx, "kms", "enable"); err != nil {
+		t.Fatal(err)
+	}
+	began = time.Now()
+	if err := c.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("SHOW: open %.1fs after the key was enabled again", time.Since(began).Seconds())
+	if got := ask(ctx, c.Target(), "SELECT count(*) FROM held"); got != "1000" {
+		t.Errorf("the table holds %s rows, want 1000", got)
+	}
+}
