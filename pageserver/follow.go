@@ -33,21 +33,42 @@ func loadState(ctx context.Context, tl *timeline.Timeline) (ingest.State, error)
 	return state, nil
 }
 
-// lookup is an ingest.Lookup over a timeline.
-type lookup struct{ *timeline.Timeline }
+// lookup is an ingest.Lookup over a timeline. Its errors are marked as not the record's fault.
+type lookup struct{ tl *timeline.Timeline }
+
+// A lookupError is an error of the timeline, met while a record was ingested.
+type lookupError struct{ error }
+
+func (e *lookupError) Unwrap() error { return e.error }
+
+func asLookup(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &lookupError{err}
+}
+
+func (l lookup) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error) {
+	h, err := l.tl.Get(ctx, key, lsn)
+	return h, asLookup(err)
+}
+
+func (l lookup) Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error {
+	return asLookup(l.tl.Scan(ctx, from, to, lsn, fn))
+}
 
 func (l lookup) Page(ctx context.Context, key keyspace.Key, lsn pg.LSN, page []byte) error {
-	return pageread.Page(ctx, l.Timeline, key, lsn, page)
+	return asLookup(pageread.Page(ctx, l.tl, key, lsn, page))
 }
 
 // Stage makes entries visible at an LSN inside the record. No record ends there, so the
 // branch's state is still that before the record, which is applied again after a crash.
 func (l lookup) Stage(ctx context.Context, begin pg.LSN, entries []timeline.Entry) error {
-	at := max(begin+1, l.LastLSN())
+	at := max(begin+1, l.tl.LastLSN())
 	for i := range entries {
 		entries[i].LSN = at
 	}
-	return l.Put(ctx, entries, at)
+	return asLookup(l.tl.Put(ctx, entries, at))
 }
 
 // batchBytes is the size of entries at which a batch is stored although more WAL is there.
@@ -170,7 +191,8 @@ func (f *follower) record(rec *walrec.Record) error {
 		}
 	}
 	if err := f.core.Apply(f.ctx, rec); err != nil {
-		if f.ctx.Err() != nil || needsReopen(err) || isStorage(err) {
+		var storage *lookupError
+		if errors.As(err, &storage) {
 			return err
 		}
 		return &damage{"ingesting", err}

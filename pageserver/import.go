@@ -59,7 +59,11 @@ func (s *Server) Import(stream grpc.ClientStreamingServer[pb.ImportRequest, pb.I
 	if err != nil {
 		return rpc.Error(codes.InvalidArgument, nil, "importing branch %s: %v", first.Branch, err)
 	}
-	lsn, err = importBranch(stream.Context(), cfg, entries, lsn)
+	if b, _ := s.branch(first.Project, first.Branch); b != nil {
+		lsn, err = b.importedAt(stream.Context()) // to open it here would take it from its own follower
+	} else {
+		lsn, err = importBranch(stream.Context(), cfg, entries, lsn)
+	}
 	if err != nil {
 		code, detail := classify(err)
 		return rpc.Error(code, detail, "importing branch %s: %v", first.Branch, err)
@@ -92,6 +96,14 @@ func importBranch(ctx context.Context, cfg timeline.Config, entries []timeline.E
 		return 0, err
 	}
 	return lsn, tl.Flush(ctx)
+}
+
+func (b *branch) importedAt(ctx context.Context) (pg.LSN, error) {
+	tl, err := b.timeline(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return importedAt(ctx, tl)
 }
 
 // importedAt is where an imported branch begins.

@@ -11,6 +11,7 @@
 //	2        heap block (4), bits (1)                        6
 //	3        heap block or child map page (4)                5
 //	4                                                        1
+//	5        name of a kind of record                        1 + name
 //
 // Numbers are little-endian.
 package change
@@ -32,6 +33,7 @@ const (
 	ClearVM                 // bits of a heap block in a visibility map page are cleared
 	Follow                  // a slot of a free space map page follows what it stands for
 	Zero                    // the page is zeros: the relation was extended by it
+	Missing                 // the page is a copy of one that could not be made for want of redo
 )
 
 // RecordHeader is how much longer a record's change is than the record.
@@ -73,6 +75,7 @@ type Change struct {
 	Raw   []byte // Record
 	Block pg.BlockNumber
 	Bits  uint8
+	Name  string // Missing: of the record that redo cannot apply
 }
 
 // Decode reads the data of a value whose LSN is end.
@@ -88,6 +91,8 @@ func Decode(data []byte, end pg.LSN) (c Change, err error) {
 	case c.Kind == ClearVM && len(data) == ClearVMSize:
 		c.Block, c.Bits = pg.BlockNumber(binary.LittleEndian.Uint32(data[1:])), data[5]
 	case c.Kind == Zero && len(data) == 1:
+	case c.Kind == Missing:
+		c.Name = string(data[1:])
 	case c.Kind == Follow && len(data) == FollowSize:
 		c.Block = pg.BlockNumber(binary.LittleEndian.Uint32(data[1:]))
 	default:

@@ -2,11 +2,14 @@ package ingest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/change"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/redo"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
 )
 
@@ -122,12 +125,17 @@ func (c *Core) copyFork(dst folder, from pg.RelTag) error {
 		return err
 	}
 	for b := pg.BlockNumber(0); uint32(b) < r.blocks; b++ {
-		if err := c.look.Page(c.ctx, keyspace.RelPage(from, b), c.last, c.page[:]); err != nil {
-			return err
-		}
 		page := c.alloc(pg.BlockSize)
-		copy(page, c.page[:])
-		c.put(keyspace.RelPage(to, b), timeline.Image, page)
+		err := c.look.Page(c.ctx, keyspace.RelPage(from, b), c.last, page)
+		var unsupported *redo.UnsupportedError
+		switch {
+		case errors.As(err, &unsupported):
+			c.put(keyspace.RelPage(to, b), timeline.Init, append([]byte{byte(change.Missing)}, unsupported.Record...))
+		case err != nil:
+			return err
+		default:
+			c.put(keyspace.RelPage(to, b), timeline.Image, page)
+		}
 		if err := c.stage(); err != nil {
 			return err
 		}

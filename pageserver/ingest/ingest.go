@@ -75,7 +75,6 @@ type Core struct {
 	out   []timeline.Entry
 	bytes int
 	arena []byte
-	page  [pg.BlockSize]byte
 
 	// Of the record under way.
 	ctx    context.Context

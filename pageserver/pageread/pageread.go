@@ -125,6 +125,8 @@ func (b *builder) apply(data []byte, end pg.LSN) error {
 	case change.Zero:
 		clear(b.page)
 		return nil
+	case change.Missing:
+		return &redo.UnsupportedError{Record: c.Name}
 	case change.ClearVM:
 		return redo.ClearVM(b.page, b.key.Block, c.Block, c.Bits)
 	case change.Follow:

@@ -1,0 +1,164 @@
+package pagesvc
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
+	"github.com/holdfastdb/holdfast/test/stock"
+	"github.com/holdfastdb/holdfast/test/testenv"
+)
+
+// small layers: a test of a few MB flushes and compacts, too.
+var small = timeline.Config{FlushBytes: 2 << 20, LayerBytes: 1 << 20, CompactAfter: 3, HistoryBytes: 1 << 40}
+
+// currentLSN is the end of the WAL of a server on which nothing runs.
+func currentLSN(t testing.TB, s *stock.Server) pg.LSN {
+	t.Helper()
+	conn, err := s.Target().Connect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	var text string
+	if err := conn.QueryRow(t.Context(), "SELECT pg_current_wal_insert_lsn()::text").Scan(&text); err != nil {
+		t.Fatal(err)
+	}
+	lsn, err := pg.ParseLSN(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lsn
+}
+
+func snapshot(t testing.TB, dir, to string) {
+	t.Helper()
+	if err := os.CopyFS(to, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestPagesEqualStockPostgres(t *testing.T) {
+	testenv.NeedPostgres(t)
+	dir := testenv.TempDir(t)
+	s, err := stock.New(t.Context(), dir, "stock", settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, filepath.Join(dir, "w"))
+	w.end()
+	w.withTimeline(small)
+	w.begin()
+
+	start, err := w.importDir(s.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.log.end = start
+	initial := loadDirectory(t, s.Dir)
+	w.attach()
+	c := &comparison{t: t, w: w, at: w.point(start, false), want: initial}
+	c.run()
+	c.startup()
+	if again, err := w.importDir(s.Dir); err != nil || again != start {
+		t.Errorf("the second import gives %v, %v; want %v", again, err, start)
+	}
+
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Kill() })
+	run(t, s, "postgres", firstHalf)
+	lockRows(t, s)
+	middleKinds := relationKinds(t, s)
+	run(t, s, "postgres", []string{"CHECKPOINT"})
+	middle := currentLSN(t, s)
+	snapshot(t, s.Dir, filepath.Join(dir, "middle"))
+	run(t, s, "postgres", secondHalf)
+	lockRows(t, s)
+	run(t, s, "postgres", []string{"ALTER SYSTEM SET track_commit_timestamp = on"})
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	run(t, s, "postgres", []string{"UPDATE t SET k = 5 WHERE id % 9 = 0", "DELETE FROM shrunk", "VACUUM shrunk", "COMMIT PREPARED 'left'"})
+	kinds := relationKinds(t, s)
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+
+	final := loadDirectory(t, s.Dir)
+	w.log.feed(t, s.Dir, final.control.CheckPoint)
+	w.wait(middle)
+	w.restart() // in the middle, with its local copies deleted
+	w.wait(w.log.end)
+	t.Logf("%d bytes of WAL in %d chunks", w.log.bytes, len(w.log.chunks))
+	for _, at := range []string{"after ingest", "after a restart"} {
+		t.Run(at, func(t *testing.T) {
+			c := &comparison{t: t, w: w, at: w.point(w.log.end, false), want: final, kinds: kinds}
+			c.run()
+			c.startup()
+			past := &comparison{t: t, w: w, at: w.point(middle, false), want: loadDirectory(t, filepath.Join(dir, "middle")), kinds: middleKinds}
+			past.run()
+			first := &comparison{t: t, w: w, at: w.point(start, false), want: initial}
+			first.run()
+		})
+		w.restart()
+		w.wait(w.log.end)
+	}
+}
+
+func TestVerifyRedoComparesEachRecord(t *testing.T) {
+	testenv.NeedPostgres(t)
+	dir := testenv.TempDir(t)
+	s, err := stock.New(t.Context(), dir, "stock", map[string]string{"wal_consistency_checking": "all", "autovacuum": "off", "fsync": "off"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, filepath.Join(dir, "w"))
+	w.end()
+	w.config.VerifyRedo = true
+	w.begin()
+	if w.log.end, err = w.importDir(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	w.attach()
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Kill() })
+	run(t, s, "postgres", []string{
+		"CREATE TABLE t (id int PRIMARY KEY, v text)", "INSERT INTO t SELECT i, 'v' FROM generate_series(1, 500) i",
+		"UPDATE t SET v = 'w' WHERE id % 3 = 0", "DELETE FROM t WHERE id % 5 = 0", "VACUUM t",
+	})
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	w.log.feed(t, s.Dir, loadDirectory(t, s.Dir).control.CheckPoint)
+	w.wait(w.log.end)
+	counts := checkRedo(t, w)
+	for _, name := range []string{"Heap/INSERT", "Heap/DELETE", "Heap2/VISIBLE", "Btree/INSERT_LEAF"} {
+		if counts[name] == 0 {
+			t.Errorf("no %s was checked", name)
+		}
+	}
+}
+
+// checkRedo looks at what each record said of its own page (wal_consistency_checking).
+func checkRedo(t *testing.T, w *world) map[string]uint64 {
+	t.Helper()
+	counts := map[string]uint64{}
+	for _, c := range w.server.RedoCounts(project, branch) {
+		counts[c.Record] = c.Checked
+		t.Logf("%-28s %7d checked", c.Record, c.Checked)
+		if c.Mismatches+c.Failed > 0 {
+			t.Errorf("%s: %d of %d pages differ, the first: %s", c.Record, c.Mismatches+c.Failed, c.Checked, c.First)
+		}
+	}
+	return counts
+}
