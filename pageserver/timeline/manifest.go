@@ -71,8 +71,13 @@ func (m *manifest) encode() ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encoding the manifest: %w", err)
 	}
+	return sumManifest(body), nil
+}
+
+// sumManifest puts the first line before the rest.
+func sumManifest(body []byte) []byte {
 	sum := sha256.Sum256(body)
-	return append([]byte(manifestMagic+hex.EncodeToString(sum[:])+"\n"), body...), nil
+	return append([]byte(manifestMagic+hex.EncodeToString(sum[:])+"\n"), body...)
 }
 
 // decodeManifest reads the manifest of the branch that cfg names.
