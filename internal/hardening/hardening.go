@@ -13,15 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const coreLimit = 1 // byte; see Process
+
 // Process hardens this process, for all of its threads and for good. Every role calls it
 // before it holds a key. It returns what could not be done, each with its consequence and
 // what to do; the process goes on.
 //
-//   - PR_SET_DUMPABLE 0: no core file, not even through a core_pattern that is a program, which
-//     ignores RLIMIT_CORE; and other processes of the same user may not read this one's memory
-//     (/proc/PID/mem, ptrace).
-//   - RLIMIT_CORE 0: the same for the children, which the first does not reach: it ends at
-//     exec. Postgres inherits this limit.
+//   - PR_SET_DUMPABLE 0: no core file, in whatever way; and other processes of the same user may
+//     not read this one's memory (/proc/PID/mem, ptrace).
+//   - RLIMIT_CORE 1: no core file of the children either, which the first does not reach: it
+//     ends at exec, the limit does not. 1 byte is too little for a file, and the one limit that a
+//     core_pattern's program heeds (core(5)).
 //   - mlockall(MCL_CURRENT|MCL_FUTURE|MCL_ONFAULT): pages that are in use, and those to come,
 //     are never swapped. It covers the whole heap, as expanded AES schedules, plaintext pages and
 //     buffers of network libraries are all over it; ONFAULT, since Go reserves far more addresses
@@ -36,8 +38,8 @@ func Process() (warnings []string) {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		warn("this process's memory can be read by other processes of its user (PR_SET_DUMPABLE: %v): run it as a user of its own", err)
 	}
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		warn("a crash may write a core file (RLIMIT_CORE: %v): set a limit of 0 where the process is started", err)
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{Cur: coreLimit, Max: coreLimit}); err != nil {
+		warn("a crash may write a core file (RLIMIT_CORE: %v): set a limit of 1 byte where the process is started", err)
 	}
 	if err := lockMemory(); err != nil {
 		warn("keys may be written to swap, since memory could not be locked (%v): give the process CAP_IPC_LOCK or an unlimited RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1), or turn swap off", err)

@@ -91,7 +91,7 @@ func TestProcess(t *testing.T) {
 		t.Errorf("dumpable: %q", got)
 	}
 	for _, whose := range []string{"", "child's "} {
-		if got := facts[whose+"Max core file size"]; got != "0 0 bytes\n" {
+		if got := facts[whose+"Max core file size"]; got != "1 1 bytes\n" {
 			t.Errorf("%score limit: %q", whose, got)
 		}
 	}
