@@ -64,9 +64,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	if err := hardening.Process(); err != nil {
-		return err
-	}
+	hardening.Apply(cfg.Logger)
 	a := &agent{cfg: cfg, log: cfg.Logger, last: time.Now()}
 	a.life, a.kill = context.WithCancelCause(context.Background())
 	err := a.run(ctx)

@@ -21,6 +21,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
 	"github.com/holdfastdb/holdfast/internal/config"
+	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/keymgr"
@@ -213,6 +214,7 @@ func newRoles() []*cobra.Command {
 		cmd := &cobra.Command{
 			Use: name + " --config FILE", Short: short, Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
+				hardening.Apply(newLogger())
 				s, err := run(cmd.Context(), file)
 				if err != nil {
 					return err

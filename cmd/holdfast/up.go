@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
 	"github.com/holdfastdb/holdfast/manager"
 )
@@ -114,6 +115,7 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		return err
 	}
 	defer closeLog()
+	hardening.Apply(log)
 
 	var url string
 	var services []*service

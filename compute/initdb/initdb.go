@@ -46,9 +46,7 @@ func InitBranch(ctx context.Context, cfg compute.Config, password string) (start
 	if password == "" || strings.ContainsAny(password, "\n\r\x00") {
 		return 0, errors.New("the superuser's password has to be one line that is not empty")
 	}
-	if err := hardening.Process(); err != nil {
-		return 0, err
-	}
+	hardening.Apply(cfg.Logger)
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	m, err := mount(cfg)

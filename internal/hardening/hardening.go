@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 
@@ -48,6 +49,13 @@ func Process() (warnings []string) {
 		warn("the machine swaps to %s: pages that Postgres holds may be written there; turn swap off or encrypt it with a key made at boot", strings.Join(swaps, ", "))
 	}
 	return warnings
+}
+
+// Apply calls Process and logs what could not be done.
+func Apply(log *slog.Logger) {
+	for _, w := range Process() {
+		log.Warn("hardening is incomplete: " + w)
+	}
 }
 
 // lockMemory locks all memory, if there is no limit to how much: under a limit a later
