@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -44,6 +45,8 @@ type agent struct {
 	ring     keyring.Ring
 	noShred  func()
 	pageConn *grpc.ClientConn
+	pages    *pageclient.Client
+	plan     *boot.Plan
 	wal      *walclient.Client
 	epoch    walclient.Epoch
 	appender *walclient.Appender
@@ -106,7 +109,7 @@ func (a *agent) start(ctx context.Context) error {
 		name string
 		do   func(context.Context) error
 	}{
-		{"prepare", a.prepare}, {"lease", a.lease}, {"epoch", a.openEpoch}, {"state", a.mountAtEnd},
+		{"prepare", a.prepare}, {"lease", a.lease}, {"epoch", a.openEpoch}, {"state", a.readState}, {"mount", a.mountAtEnd},
 		{"address", func(ctx context.Context) error { return awaitAddress(ctx, a.cfg.Listen) }},
 		{"postgres", a.startPostgres},
 	} {
@@ -183,21 +186,23 @@ func (a *agent) appendingEnded() error {
 	return fmt.Errorf("sending WAL to the safekeepers: %w", err)
 }
 
-// mountAtEnd commits the fabricated checkpoint and, meanwhile, mounts the data directory.
-func (a *agent) mountAtEnd(ctx context.Context) (err error) {
+// readState waits until the page server is where the log ends.
+func (a *agent) readState(ctx context.Context) (err error) {
 	if a.pageConn, err = rpc.Dial(a.cfg.PageServer); err != nil {
 		return err
 	}
-	pages := pageclient.New(a.pageConn, a.cfg.Project, a.cfg.Branch, a.log)
-	state, err := pages.StartupState(ctx, a.epoch.End)
+	a.pages = pageclient.New(a.pageConn, a.cfg.Project, a.cfg.Branch, a.log)
+	state, err := a.pages.StartupState(ctx, a.epoch.End)
 	if err != nil {
 		return err
 	}
-	a.phase("state")
-	plan, err := boot.Make(boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Now: time.Now()})
-	if err != nil {
-		return err
-	}
+	a.plan, err = boot.Make(boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Now: time.Now()})
+	return err
+}
+
+// mountAtEnd commits the fabricated checkpoint and, meanwhile, mounts the data directory.
+func (a *agent) mountAtEnd(ctx context.Context) error {
+	plan := a.plan
 	w, err := wal.NewWriter(a.appender, plan.Begin, plan.Page)
 	if err != nil {
 		return err
@@ -209,7 +214,7 @@ func (a *agent) mountAtEnd(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: pages.At(a.epoch.End), WAL: w, StartLSN: a.epoch.End,
+	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End), WAL: w, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
 	if err != nil {
 		return errors.Join(err, store.Wipe())
@@ -227,9 +232,7 @@ func (a *agent) mountAtEnd(ctx context.Context) (err error) {
 		}
 		return a.fs.Mount()
 	})
-	err = g.Wait()
-	a.phase("mount")
-	return err
+	return g.Wait()
 }
 
 // logFolder and logFile are where a superuser finds Postgres's log, sealed like all else.
@@ -275,11 +278,12 @@ func (a *agent) ready() error {
 
 // supervise holds Postgres and what it stands on together.
 func (a *agent) supervise(ctx context.Context) error {
-	work, stop := context.WithCancel(a.life)
-	var jobs errgroup.Group
-	jobs.Go(func() error { a.postgres.poll(work, a.fs, a.log); return nil })
-	jobs.Go(func() error { a.keepLog(work); return nil })
-	defer func() { stop(); _ = jobs.Wait() }()
+	work, cancel := context.WithCancel(a.life)
+	var jobs sync.WaitGroup
+	jobs.Go(func() { a.postgres.poll(work, a.fs, a.log) })
+	jobs.Go(func() { a.keepLog(work) })
+	endJobs := func() { cancel(); jobs.Wait() }
+	defer endJobs()
 	select {
 	case <-a.life.Done():
 		return context.Cause(a.life)
@@ -292,6 +296,7 @@ func (a *agent) supervise(ctx context.Context) error {
 		return errors.New("the mount has ended: somebody unmounted it, or its connection was aborted")
 	case <-ctx.Done():
 		a.log.Info("stopping Postgres")
+		endJobs()
 		a.postgres.stop(a.life.Done())
 		if cause := context.Cause(a.life); cause != nil {
 			return cause
