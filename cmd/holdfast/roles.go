@@ -39,7 +39,7 @@ type service struct {
 }
 
 // serveGrace bounds how long open calls may go on when a role is closed.
-const serveGrace = 2 * time.Second
+const serveGrace = 250 * time.Millisecond
 
 func (s *service) onClose(fn func() error) { s.closers = append(s.closers, fn) }
 
