@@ -243,7 +243,7 @@ func (c *Core) HandOver() {
 	}
 	var best, match uint64
 	for id, pr := range c.rn.Status().Progress {
-		if id != c.cfg.NodeID && pr.RecentActive && (best == 0 || pr.Match > match) {
+		if id != c.cfg.NodeID && pr.RecentActive && (best == 0 || pr.Match > match || pr.Match == match && id < best) {
 			best, match = id, pr.Match
 		}
 	}

@@ -176,7 +176,9 @@ func (c *Core) endRound() error {
 	}
 	c.join.answers = nil
 	if c.rn == nil {
-		if err := c.spendVotes(term); err != nil {
+		if err := c.spendVotes(term); walstore.IsFull(err) {
+			return nil // there will be another round
+		} else if err != nil {
 			return err
 		}
 		if err := c.startRaft(); err != nil {
@@ -204,8 +206,14 @@ func (c *Core) checkJoined() error {
 	if c.id.Joined || c.join.goal == nil || c.mu.state.Applied() < *c.join.goal {
 		return nil
 	}
+	if err := c.setJoined(); err != nil {
+		if walstore.IsFull(err) {
+			return nil // it stays without a vote until there is room
+		}
+		return err
+	}
 	c.log.Info("joined the group", "dir", c.cfg.Dir, "applied", c.mu.state.Applied())
-	return c.setJoined()
+	return nil
 }
 
 func (c *Core) setJoined() error {
@@ -213,5 +221,7 @@ func (c *Core) setJoined() error {
 		return nil
 	}
 	c.id.Joined = true
-	return c.saveIdentity()
+	err := c.saveIdentity()
+	c.id.Joined = err == nil
+	return err
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/safekeeper/archive"
 	"github.com/holdfastdb/holdfast/safekeeper/walstate"
+	"github.com/holdfastdb/holdfast/safekeeper/walstore"
 )
 
 const (
@@ -74,7 +75,7 @@ func (g *Group) compactOne(c *compactor) (more bool, err error) {
 	case branch != 0:
 		return true, g.archive(uint32(branch), name, from, to)
 	}
-	data, err := c.upTo(g, first, last)
+	data, err := c.upTo(store, first, last)
 	if err != nil || data == nil {
 		return false, err
 	}
@@ -90,8 +91,7 @@ func (g *Group) compactOne(c *compactor) (more bool, err error) {
 
 // upTo gives the state after entry last, in its snapshot form; nil if a snapshot from the leader came in
 // between.
-func (c *compactor) upTo(g *Group, first, last uint64) ([]byte, error) {
-	store := g.core.Store()
+func (c *compactor) upTo(store *walstore.Store, first, last uint64) ([]byte, error) {
 	if c.base == nil || c.base.Applied()+1 != first {
 		snap, err := store.Snapshot()
 		if err != nil {

@@ -245,7 +245,11 @@ func (sc *scan) take(f *logFile, at int, r record) error {
 		if n == 0 {
 			sc.first = r.index
 		}
-		if r.index < sc.first || r.index > sc.first+n || n == 0 && sc.reset != 0 && r.index != sc.reset+1 {
+		if r.index < sc.first {
+			// A leader replaced the log from an entry on that was in a file since let go.
+			sc.ents, sc.first, n = nil, r.index, 0
+		}
+		if r.index > sc.first+n || n == 0 && sc.reset != 0 && r.index > sc.reset+1 {
 			return fmt.Errorf("%w: entry %d stands where entries %d to %d could", ErrDamaged, r.index, sc.first, sc.first+n)
 		}
 		sc.ents = append(sc.ents[:r.index-sc.first], position{file: f, off: uint32(at), size: uint32(len(r.payload)), term: r.term})
