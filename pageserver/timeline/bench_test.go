@@ -90,10 +90,14 @@ func putImages(b *testing.B, tl *Timeline, rng *rand.Rand) {
 func BenchmarkPut(b *testing.B) {
 	tl := benchTimeline(b, nil)
 	rng := rand.New(rand.NewPCG(2, 2))
-	batch, _ := deltas(rng, 0)
-	b.SetBytes(int64(len(batch) * deltaSize))
-	for b.Loop() {
-		lsn := tl.LastLSN()
+	putImages(b, tl, rng)
+	batches := make([][]Entry, 100)
+	for i := range batches {
+		batches[i], _ = deltas(rng, 0)
+	}
+	b.SetBytes(int64(len(batches[0]) * deltaSize))
+	for i := 0; b.Loop(); i++ {
+		lsn, batch := tl.LastLSN(), batches[i%len(batches)]
 		for i := range batch {
 			lsn += deltaSize
 			batch[i].LSN = lsn

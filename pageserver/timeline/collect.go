@@ -10,12 +10,20 @@ import (
 // older one. It copies the data, so that the caller of Get owns what it gets.
 type collector struct {
 	history History // Changes newest first
-	done    bool
-	buf     []byte
+	// floor is an image that stands for all versions at or below its LSN, or nil. It counts
+	// only once such a version is met: if there is none, a Tombstone above it was, and was
+	// dropped by compaction together with all that it hid.
+	floor *Value
+	done  bool // no older version is needed
+	buf   []byte
 }
 
 // add takes the next older version and tells whether it was the last one needed.
 func (c *collector) add(lsn pg.LSN, kind ValueKind, data []byte) bool {
+	if c.floor != nil && lsn <= c.floor.LSN {
+		c.history.Base, c.done = c.floor, true
+		return true
+	}
 	switch kind {
 	case Delta:
 		c.history.Changes = append(c.history.Changes, Value{LSN: lsn, Kind: kind, Data: c.copy(data)})

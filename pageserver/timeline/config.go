@@ -38,15 +38,16 @@ type Config struct {
 	// none are kept.
 	Dir string
 	// Materialize makes a value from its history, which has a base. After an error the
-	// key keeps its changes. Nil: no images are made. It is called in the background, one call
-	// at a time for flushing and one for compaction; it may keep nothing it is given.
+	// key keeps its changes. Nil: no images are made. It is called concurrently, in the
+	// background and by Get for long histories; it may keep nothing it is given, and
+	// gives its result away.
 	Materialize func(keyspace.Key, History) ([]byte, error)
 	Log         *slog.Logger
 
 	FlushBytes      int64         // size at which the open layer is frozen; default 64 MiB
 	FlushAge        time.Duration // age at which it is; default 5 min, negative: never
 	MaxFrozen       int           // frozen layers at which Put waits; default 3
-	BlockCacheBytes int64         // decompressed blocks in memory; default 64 MiB
+	BlockCacheBytes int64         // decompressed blocks in memory, and a quarter more for images of hot keys; default 64 MiB
 	DiskCacheBytes  int64         // local copies; default 4 GiB
 	OpenLayers      int           // layers whose index is kept in memory; default 512
 	CompactAfter    int           // L0 files at which compaction begins; default 6, negative: never

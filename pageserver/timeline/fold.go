@@ -86,8 +86,7 @@ func (f *folder) track(e Entry) {
 }
 
 func (f *folder) clearChanges() {
-	clear(f.changes)
-	f.changes, f.buf = f.changes[:0], nil
+	f.changes, f.buf = f.changes[:0], f.buf[:0]
 }
 
 func (f *folder) foldPeriodically() error {

@@ -17,15 +17,36 @@ func (t *Timeline) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (Histo
 		return History{}, err
 	}
 	defer t.release(v)
-	var c collector
+	c := collector{floor: t.hot.get(key, lsn)}
 	err = t.collect(ctx, v, key, lsn, &c)
+	h := c.result()
+	if err == nil {
+		h = t.shorten(key, h)
+	}
 	if failed := t.Err(); failed != nil { // what was read may have been wiped meanwhile
 		return History{}, failed
 	}
 	if err != nil {
 		return History{}, fmt.Errorf("reading key %x at %s on branch %s: %w", key[:], lsn, t.cfg.Branch, err)
 	}
-	return c.result(), nil
+	return h, nil
+}
+
+// shorten makes one image of a very long history, and remembers it for the next read.
+func (t *Timeline) shorten(key keyspace.Key, h History) History {
+	n := len(h.Changes)
+	if h.Base == nil || t.cfg.Materialize == nil || n < flushImageAfter*t.cfg.ImageAfter {
+		return h
+	}
+	data, err := t.cfg.Materialize(key, h)
+	if err != nil {
+		return h // the caller's own redo meets the error and can say more of it
+	}
+	image := &Value{LSN: h.Changes[n-1].LSN, Kind: Image, Data: data}
+	if image.LSN < t.LastLSN() { // else versions at its LSN may be still to come
+		t.hot.keep(key, image)
+	}
+	return History{Base: image}
 }
 
 // holdAt gives the current view if it can be read at lsn.

@@ -93,7 +93,7 @@ func TestAgainstModel(t *testing.T) {
 	seeds := []uint64{*seedFlag}
 	if *seedFlag == 0 {
 		seeds = seeds[:0]
-		for s := range uint64(60) {
+		for s := range uint64(30) {
 			seeds = append(seeds, s+1)
 		}
 	}

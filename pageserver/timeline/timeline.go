@@ -21,6 +21,7 @@ type Timeline struct {
 	cfg        Config
 	generation uint64
 	blocks     *blockCache
+	hot        *hotCache
 	disk       *diskCache
 	chores     *chores
 	cancelRing func()
@@ -97,7 +98,7 @@ func Open(ctx context.Context, cfg Config) (*Timeline, error) {
 	}
 	t := &Timeline{cfg: cfg, generation: m.Generation, etag: etag,
 		putting: make(chan struct{}, 1), compactNow: make(chan chan error),
-		blocks: newBlockCache(cfg.BlockCacheBytes), chores: newChores()}
+		blocks: newBlockCache(cfg.BlockCacheBytes), hot: newHotCache(cfg.BlockCacheBytes / 4), chores: newChores()}
 	t.ctx, t.stop = context.WithCancel(context.Background())
 	t.disk = newDiskCache(cfg.Dir, cfg.DiskCacheBytes, cfg.Log, t.forget)
 	t.mu.changed = make(chan struct{})
@@ -234,6 +235,7 @@ func (t *Timeline) fail(err error) {
 		m.wipe()
 	}
 	t.blocks.drop()
+	t.hot.drop()
 }
 
 func (t *Timeline) broadcastLocked() {

@@ -141,7 +141,7 @@ func TestShred(t *testing.T) {
 			if _, err := Open(t.Context(), r.cfg); err == nil {
 				t.Error("Open without the key succeeded")
 			}
-			if !open.mu.wiped || open.mu.arena != nil || len(r.tl.blocks.mu.blocks) != 0 {
+			if !open.mu.wiped || open.mu.arena != nil || len(r.tl.blocks.mu.blocks) != 0 || len(r.tl.hot.mu.images) != 0 {
 				t.Error("plaintext is still in memory")
 			}
 			ring.Restore()
@@ -170,7 +170,9 @@ func TestDamagedLayerIsNamed(t *testing.T) {
 		"flipped": func(r *modelRun, object string) {
 			r.store.change(object, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
 		},
-		"cut":     func(r *modelRun, object string) { r.store.change(object, func(b []byte) []byte { return b[:len(b)-1] }) },
+		"cut": func(r *modelRun, object string) {
+			r.store.change(object, func(b []byte) []byte { return b[:len(b)-1] })
+		},
 		"swapped": func(r *modelRun, object string) { r.swapObjects(object) },
 		"gone":    func(r *modelRun, object string) { _ = r.store.Delete(context.Background(), object) },
 	} {
@@ -567,4 +569,36 @@ func FuzzManifest(f *testing.F) {
 			t.Errorf("round trip: %v", err)
 		}
 	})
+}
+
+// TestHotKey reads a key after each of very many changes: no read takes more than a bounded
+// number of them.
+func TestHotKey(t *testing.T) {
+	r := filled(t, func(c *Config) { c.ImageAfter, c.BlockCacheBytes = 4, 1<<20 })
+	key, lsn := pageKey(100), r.m.last
+	put := func(kind ValueKind, text string) {
+		lsn += 8
+		mustPut(t, r.tl, r.m, []Entry{{key, Value{LSN: lsn, Kind: kind, Data: []byte(text)}}}, lsn)
+	}
+	for round := range 3 {
+		put(Image, "base")
+		for i := range 200 {
+			put(Delta, fmt.Sprint(",", i))
+			checkRead(t, r.tl, r.m, key, lsn)
+			checkRead(t, r.tl, r.m, key, lsn-pg.LSN(r.rng.IntN(100)*8))
+			if h, err := r.tl.Get(t.Context(), key, lsn-8); err != nil || len(h.Changes) >= 4*flushImageAfter {
+				t.Fatalf("%d changes, %v", len(h.Changes), err)
+			}
+		}
+		if round < 2 && len(r.tl.hot.mu.images) == 0 {
+			t.Error("no image was remembered")
+		}
+		put(Tombstone, "")
+		checkRead(t, r.tl, r.m, key, lsn)
+		put(Delta, "on nothing")
+		checkRead(t, r.tl, r.m, key, lsn)
+		if round == 1 {
+			r.tl.hot.drop() // reads go on without
+		}
+	}
 }
