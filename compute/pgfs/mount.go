@@ -139,7 +139,10 @@ func (fs *FS) Unmount() error {
 	if err != nil {
 		return fmt.Errorf("unmounting %s by force: %w", fs.cfg.Mountpoint, err)
 	}
-	return fmt.Errorf("unmounting %s: it is detached, but a process still uses it; it ends with that process, or with the agent", fs.cfg.Mountpoint)
+	if left, err := mountsAt(filepath.Clean(fs.cfg.Mountpoint)); err == nil && len(left) > 0 {
+		return fmt.Errorf("unmounting %s: it is still mounted", fs.cfg.Mountpoint)
+	}
+	return fmt.Errorf("unmounting %s: it is unmounted, but a request under way has not ended; is the disk under the local store very slow?", fs.cfg.Mountpoint)
 }
 
 func (fs *FS) waitDone(d time.Duration) bool {

@@ -288,7 +288,9 @@ func TestListingABigDirectory(t *testing.T) {
 	if err := unix.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	name := func(i int) string { return strings.Repeat("n", 40) + string(rune('a'+i%26)) + string(rune('a'+i/26%26)) + string(rune('a'+i/676)) }
+	name := func(i int) string {
+		return strings.Repeat("n", 40) + string(rune('a'+i%26)) + string(rune('a'+i/26%26)) + string(rune('a'+i/676))
+	}
 	const files = 3000
 	for i := range files {
 		if err := fs.WriteFile("d/"+name(i), nil); err != nil {

@@ -61,6 +61,9 @@ type Store struct {
 		next    Slot     // the first slot that was never given out
 		extents []extent // by (slot-1)/extentSlots
 		idle    int      // extents without a used slot that still have disk space
+		// punching says that a goroutine gives disk space back; the slots concerned are not in
+		// free meanwhile.
+		punching bool
 	}
 }
 
@@ -172,27 +175,48 @@ func (s *Store) Free(slot Slot) {
 		return
 	}
 	s.mu.idle++
-	if s.mu.idle > punchAbove {
-		s.punchLocked()
+	if s.mu.idle > punchAbove && !s.mu.punching {
+		s.mu.punching = true
+		go s.punch()
 	}
 }
 
-// punchLocked gives the disk space of every wholly free extent back. It holds the lock so
-// that no slot of such an extent is given out, and written, meanwhile.
-func (s *Store) punchLocked() {
+// punch gives the disk space of every wholly free extent back. That may wait for the disk,
+// so the extents' slots are out of reach meanwhile, and no lock is held.
+func (s *Store) punch() {
+	s.mu.Lock()
+	// Slots that were never given out are handed out past the free list: not of an extent
+	// that is being punched.
+	frontier := int(s.mu.next-1) / extentSlots
+	var idle []int
 	for i := range s.mu.extents {
-		e := &s.mu.extents[i]
-		if e.used > 0 || e.punched {
-			continue
+		if e := &s.mu.extents[i]; i != frontier && e.used == 0 && !e.punched {
+			e.punched = true
+			idle = append(idle, i)
 		}
+	}
+	s.mu.idle -= len(idle)
+	var held, free []Slot
+	for _, slot := range s.mu.free {
+		if i := int(slot-1) / extentSlots; i != frontier && s.mu.extents[i].used == 0 {
+			held = append(held, slot)
+		} else {
+			free = append(free, slot)
+		}
+	}
+	s.mu.free = free
+	s.mu.Unlock()
+	for _, i := range idle {
 		// Where the file system cannot do it, the space stays for reuse.
 		_ = s.control(func(fd int) error {
 			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE,
 				int64(i)*extentSlots*SlotSize, extentSlots*SlotSize)
 		})
-		e.punched = true
 	}
-	s.mu.idle = 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.free = append(held, s.mu.free...)
+	s.mu.punching = false
 }
 
 func (s *Store) entry(slot Slot) (*chunk, int) {
@@ -277,8 +301,11 @@ type Usage struct {
 func (s *Store) Usage() Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	free := uint64(len(s.mu.free))
-	return Usage{Used: uint64(s.mu.next-1) - free, Free: free}
+	var used uint64
+	for i := range s.mu.extents {
+		used += uint64(s.mu.extents[i].used)
+	}
+	return Usage{Used: used, Free: uint64(s.mu.next-1) - used}
 }
 
 // Statfs describes the disk that the store is on.

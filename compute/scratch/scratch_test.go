@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -187,6 +188,12 @@ func TestSpaceIsGivenBack(t *testing.T) {
 	for _, slot := range slots[1:] {
 		s.Free(slot)
 	}
+	for range 1000 {
+		if blocks(t, s) < before && !punching(s) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if after := blocks(t, s); after >= before {
 		t.Errorf("the file has %d blocks after everything was freed, %d before", after, before)
 	}
@@ -198,6 +205,47 @@ func TestSpaceIsGivenBack(t *testing.T) {
 	if !bytes.Equal(content(t, s, keep), page) {
 		t.Error("a used slot was lost")
 	}
+}
+
+// Slots are given out, written and freed while disk space is given back.
+func TestPunchingLosesNothing(t *testing.T) {
+	s := open(t)
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(g), 1))
+			for range 6 {
+				held := map[Slot][]byte{}
+				for range (punchAbove/2 + rng.IntN(punchAbove)) * extentSlots {
+					p := []byte(fmt.Sprint(g, rng.Uint64()))
+					slot, err := s.Alloc()
+					if err == nil {
+						err = s.Write(slot, p)
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					held[slot] = p
+				}
+				p := make([]byte, SlotSize)
+				for slot, want := range held {
+					if n, err := s.Read(slot, p); err != nil || !bytes.Equal(p[:n], want) {
+						t.Errorf("slot %d holds %q, %v, want %q", slot, p[:n], err, want)
+						return
+					}
+					s.Free(slot)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func punching(s *Store) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mu.punching
 }
 
 func blocks(t *testing.T, s *Store) int64 {
