@@ -157,13 +157,15 @@ func (b *branch) session(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, opened.Close()) }()
+	defer func() {
+		b.set(nil, err, isFinal(err)) // before the waiting calls are woken
+		err = errors.Join(err, opened.Close())
+	}()
 	tl.Store(opened)
 	if _, err := loadState(ctx, opened); err != nil {
 		return err
 	}
 	b.set(opened, nil, false)
-	defer b.set(nil, nil, false)
 	ctx, cancel := context.WithCancel(ctx)
 	var helpers sync.WaitGroup
 	defer func() { cancel(); helpers.Wait() }()

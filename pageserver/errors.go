@@ -13,6 +13,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/walclient"
 	"github.com/holdfastdb/holdfast/pageserver/pageread"
 	"github.com/holdfastdb/holdfast/pageserver/redo"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
@@ -51,6 +52,8 @@ func classify(err error) (codes.Code, *pb.ErrorDetail) {
 		return codes.Unavailable, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_UNREACHABLE}
 	case errors.As(err, &unsupported):
 		return codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_UNSUPPORTED_RECORD}
+	case errors.Is(err, walclient.ErrTruncated):
+		return codes.DataLoss, &pb.ErrorDetail{Reason: pb.ErrorDetail_TRUNCATED}
 	case errors.As(err, &bad):
 		return codes.DataLoss, &pb.ErrorDetail{Reason: pb.ErrorDetail_BAD_WAL}
 	case errors.As(err, &page):

@@ -8,8 +8,8 @@ import (
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
-	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
+	"github.com/holdfastdb/holdfast/internal/walclient"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 	"github.com/holdfastdb/holdfast/pageserver/ingest"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
@@ -98,7 +98,7 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 	switch {
 	case err == nil:
 		return errors.New("the safekeepers ended the stream")
-	case rpc.Reason(err) == pb.ErrorDetail_TRUNCATED:
+	case errors.Is(err, walclient.ErrTruncated):
 		return &damage{fmt.Sprintf("reading WAL from %v", from), err}
 	}
 	return err
@@ -121,14 +121,11 @@ func (f *follower) take(chunks []*pb.SealedWAL, _ pg.LSN) error {
 func (f *follower) chunk(c *pb.SealedWAL) error {
 	begin, end := pg.LSN(c.BeginLsn), pg.LSN(c.EndLsn)
 	what := fmt.Sprintf("WAL chunk %v to %v", begin, end)
-	if end <= f.tl.LastLSN() && f.scanner == nil {
+	if end <= f.pos() {
 		return nil
 	}
-	switch {
-	case f.scanner == nil && begin <= f.tl.LastLSN():
-		f.scanner = walrec.NewScanner(begin)
-	case f.scanner == nil || begin != f.scanner.Pos():
-		return &damage{what, fmt.Errorf("it does not continue the WAL, which is ingested up to %v", f.pos())}
+	if begin > f.pos() {
+		return fmt.Errorf("%s does not continue the WAL, which is ingested up to %v", what, f.pos())
 	}
 	if err := f.open(c); err != nil {
 		if errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, seal.ErrWiped) || f.ctx.Err() != nil {
@@ -136,7 +133,13 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 		}
 		return &damage{"opening " + what, err}
 	}
-	f.scanner.Feed(f.plain)
+	switch {
+	case f.scanner == nil: // the timeline may end inside a chunk: the records before are skipped
+		f.scanner = walrec.NewScanner(begin)
+		f.scanner.Feed(f.plain)
+	case f.pos()-begin <= pg.LSN(len(f.plain)):
+		f.scanner.Feed(f.plain[f.pos()-begin:])
+	}
 	if err := f.records(); err != nil {
 		return err
 	}
@@ -213,6 +216,7 @@ func (f *follower) store() error {
 }
 
 func (f *follower) put(upTo pg.LSN) error {
+	defer f.b.verify.begin()()
 	if err := f.tl.Put(f.ctx, f.core.Take(upTo), upTo); err != nil {
 		return err
 	}

@@ -29,6 +29,7 @@ type RedoCount struct {
 type verifier struct {
 	log     *slog.Logger
 	pending []checkable
+	busy    sync.Mutex // held from before what was noted can be read until it is compared
 
 	mu     sync.Mutex
 	counts map[string]*RedoCount
@@ -41,6 +42,14 @@ type checkable struct {
 
 func newVerifier(log *slog.Logger) *verifier {
 	return &verifier{log: log, counts: make(map[string]*RedoCount)}
+}
+
+func (v *verifier) begin() (end func()) {
+	if v == nil {
+		return func() {}
+	}
+	v.busy.Lock()
+	return v.busy.Unlock
 }
 
 // note remembers a record that has something to compare with.
@@ -117,12 +126,15 @@ func (v *verifier) count(rec *walrec.Record, checked, failed bool, err error) {
 	}
 }
 
-// RedoCounts gives what was compared on a branch under Config.VerifyRedo, by record name.
+// RedoCounts gives what was compared on a branch under Config.VerifyRedo, by record name. It
+// covers all that can be read at the time.
 func (s *Server) RedoCounts(project, id string) []RedoCount {
 	b, err := s.branch(project, id)
 	if err != nil || b.verify == nil {
 		return nil
 	}
+	b.verify.busy.Lock()
+	defer b.verify.busy.Unlock()
 	b.verify.mu.Lock()
 	defer b.verify.mu.Unlock()
 	var list []RedoCount

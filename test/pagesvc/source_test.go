@@ -1,7 +1,9 @@
 package pagesvc
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -27,6 +29,11 @@ type wal struct {
 	more    chan struct{} // closed when there are more chunks
 	durable pg.LSN        // as reported
 	bytes   int
+	first   []byte // the first chunk's plaintext
+	deaf    bool   // reports of durability are lost
+
+	// spoil damages the third chunk: what it returns is sealed instead, nil: nothing.
+	spoil func(c *pb.SealedWAL, plain []byte) []byte
 }
 
 func newWAL(ring keyring.Ring, start pg.LSN) *wal {
@@ -96,8 +103,20 @@ func (w *wal) add(t testing.TB, begin, end pg.LSN, plain []byte) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.chunks = append(w.chunks, &pb.SealedWAL{BeginLsn: uint64(begin), EndLsn: uint64(end), Object: "wal",
-		WrappedDek: wrapped, Counter: 1, Ciphertext: sealed})
+	c := &pb.SealedWAL{BeginLsn: uint64(begin), EndLsn: uint64(end), Object: "wal",
+		WrappedDek: wrapped, Counter: 1, Ciphertext: sealed}
+	if w.spoil != nil && len(w.chunks) == 2 {
+		if other := w.spoil(c, plain); other != nil {
+			c.Counter = 2
+			if c.Ciphertext, err = seal.SealWAL(nil, key, sc, begin, end, 2, other); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if w.first == nil {
+		w.first = bytes.Clone(plain)
+	}
+	w.chunks = append(w.chunks, c)
 	w.end = end
 	w.bytes += len(plain)
 }
@@ -135,6 +154,9 @@ func (s source) Follow(ctx context.Context, from pg.LSN, fn func([]*pb.SealedWAL
 func (s source) ReportDurable(_ context.Context, lsn pg.LSN) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.deaf {
+		return errors.New("test: the report is lost")
+	}
 	s.durable = max(s.durable, lsn)
 	return nil
 }
