@@ -29,17 +29,21 @@ const (
 // earlier agent left is of use. What that agent had mounted there is left for the new mount
 // to replace.
 func OpenFolder(root string, user pgproc.User) (*Folder, error) {
-	f := &Folder{root: root, Mount: filepath.Join(root, mountName), Scratch: filepath.Join(root, "scratch"), Socket: filepath.Join(root, "socket")}
-	if len(f.Socket) > maxSocketDir {
-		sum := sha256.Sum256([]byte(root))
-		f.Socket = filepath.Join(os.TempDir(), "holdfast-socket-"+hex.EncodeToString(sum[:8]))
-	}
 	// Postgres's user passes through and sees no names.
 	if err := os.MkdirAll(root, 0o711); err != nil {
 		return nil, fmt.Errorf("making the endpoint's folder: %w", err)
 	}
 	if err := os.Chmod(root, 0o711); err != nil {
 		return nil, err
+	}
+	root, err := filepath.EvalSymlinks(root) // as the kernel calls a mount there
+	if err != nil {
+		return nil, err
+	}
+	f := &Folder{root: root, Mount: filepath.Join(root, mountName), Scratch: filepath.Join(root, "scratch"), Socket: filepath.Join(root, "socket")}
+	if len(f.Socket) > maxSocketDir {
+		sum := sha256.Sum256([]byte(root))
+		f.Socket = filepath.Join(os.TempDir(), "holdfast-socket-"+hex.EncodeToString(sum[:8]))
 	}
 	if err := user.MayEnter(root); err != nil {
 		return nil, err

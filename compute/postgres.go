@@ -53,7 +53,7 @@ func startPostgres(mount string, user pgproc.User, settings *boot.Settings, log 
 	out := &pgproc.Log{Panic: func(state string) {
 		log.Error("Postgres panicked; its log, which may hold users' data, is not shown", "sqlstate", state)
 	}}
-	p, err := pgproc.Start(pgproc.Command{Path: path, Args: append([]string{"-D", mount}, settings.Args()...), User: user, Stdout: out, Stderr: out})
+	p, err := pgproc.Start(pgproc.Command{Path: path, Args: append([]string{"-D", mount}, settings.Args()...), User: user, Stdout: out, Stderr: out, Mount: mount})
 	if err != nil {
 		return nil, err
 	}

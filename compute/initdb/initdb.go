@@ -129,7 +129,7 @@ func (m *mounted) run(ctx context.Context, password string) error {
 		return err
 	}
 	var out pgproc.Log
-	p, err := pgproc.Start(pgproc.Command{Path: path, User: m.user, Stdout: &out, Stderr: &out, Extra: []*os.File{r}, Args: []string{
+	p, err := pgproc.Start(pgproc.Command{Path: path, User: m.user, Stdout: &out, Stderr: &out, Mount: m.folder.Mount, Extra: []*os.File{r}, Args: []string{
 		"--pgdata=" + m.folder.Mount, "--username=" + boot.Superuser, "--pwfile=/dev/fd/3", "--auth-host=scram-sha-256", "--auth-local=reject",
 		"--encoding=UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions"}})
 	if err != nil {

@@ -8,11 +8,10 @@
 // death then reaches backends only through Postgres's own watch over its postmaster.
 //
 // Programs run as an unprivileged user, with an environment that holds nothing of the
-// agent's, and without core files.
+// agent's. That they leave no core files is internal/hardening's: they inherit the limit.
 package pgproc
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -111,21 +110,21 @@ type Command struct {
 	Stdout io.Writer
 	Stderr io.Writer
 	Extra  []*os.File // the program's descriptors from 3 on
+	// Mount is the one mount of ours that the program is to see. A copy of another in its
+	// namespace would keep that one alive when its own agent unmounts it.
+	Mount string
 }
 
 // A Process is a program that runs, or has ended.
 type Process struct {
-	cmd  *exec.Cmd
-	done chan struct{}
-	err  error // set before done is closed
+	cmd   *exec.Cmd
+	mount string
+	done  chan struct{}
+	err   error // set before done is closed
 }
 
-const (
-	// outputDelay is how long, after the program's end, its output may stay open in others.
-	outputDelay = 2 * time.Second
-	// A pipe in core_pattern ignores a limit of 0; 1 stops both a file and a pipe (core(5)).
-	coreLimit = 1
-)
+// outputDelay is how long, after the program's end, its output may stay open in others.
+const outputDelay = 2 * time.Second
 
 // Start runs a program that dies with this process.
 func Start(c Command) (*Process, error) {
@@ -141,28 +140,42 @@ func Start(c Command) (*Process, error) {
 	if Isolated() {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
 	}
-	p := &Process{cmd: cmd, done: make(chan struct{})}
-	started := make(chan error)
-	go p.run(started)
+	p := &Process{cmd: cmd, mount: c.Mount, done: make(chan struct{})}
+	started := make(chan error, 1)
+	go onThread(func() { p.run(started) })
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("starting %s: %w", c.Path, err)
 	}
 	return p, nil
 }
 
-// run starts the program and waits for its end on one thread: that thread's end would be
-// taken for the parent's death. It has left the process's namespaces and ends with run.
-func (p *Process) run(started chan<- error) {
+// onThread runs fn on a thread that ends with it. The process's first thread is not for
+// that: it never ends, and what the process sees of itself (/proc/self) is what that
+// thread sees.
+func onThread(fn func()) {
 	runtime.LockOSThread()
+	if unix.Gettid() != os.Getpid() {
+		fn() // not unlocked: the thread ends with this goroutine
+		return
+	}
+	done := make(chan struct{})
+	go func() { // cannot be on the first thread while that is locked here
+		defer close(done)
+		runtime.LockOSThread()
+		fn()
+	}()
+	<-done
+	runtime.UnlockOSThread()
+}
+
+// run starts the program and waits for its end on one thread: that thread's end would be
+// taken for the parent's death. Isolated, it has left the process's namespaces.
+func (p *Process) run(started chan<- error) {
 	if Isolated() {
-		if err := isolate(); err != nil {
+		if err := isolate(p.mount); err != nil {
 			started <- err
 			return
 		}
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{Cur: coreLimit, Max: coreLimit}); err != nil && !errors.Is(err, unix.EPERM) {
-		started <- fmt.Errorf("forbidding core files: %w", err)
-		return
 	}
 	if err := p.cmd.Start(); err != nil {
 		started <- err
@@ -171,22 +184,10 @@ func (p *Process) run(started chan<- error) {
 	protect(p.cmd.Process.Pid)
 	started <- nil
 	p.err = p.cmd.Wait()
+	if Isolated() && p.mount != "" { // before others learn of the end and unmount theirs
+		_ = unix.Unmount(p.mount, unix.MNT_DETACH)
+	}
 	close(p.done)
-}
-
-// isolate gives this thread mounts and System V IPC of its own. Mounts that are made or
-// undone outside still reach it, and none of its own reaches the outside.
-func isolate() error {
-	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWIPC); err != nil {
-		return fmt.Errorf("leaving the mount namespace: %w; in a container this needs the capability SYS_ADMIN, as the mount does", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("separating the mounts: %w", err)
-	}
-	if err := unix.Mount("tmpfs", "/dev/shm", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777"); err != nil {
-		return fmt.Errorf("mounting a private /dev/shm: %w", err)
-	}
-	return nil
 }
 
 // postmasterOOMScore keeps the kernel from choosing the postmaster before a backend.

@@ -88,7 +88,7 @@ func TestKill(t *testing.T) {
 func TestSurroundings(t *testing.T) {
 	t.Setenv("HOLDFAST_TEST_SECRET", "x")
 	var out buffer
-	p := start(t, "id -u; ulimit -c; env; ls /dev/shm | wc -l", &out)
+	p := start(t, "id -u; env; ls /dev/shm | wc -l", &out)
 	<-p.Done()
 	if p.Err() != nil {
 		t.Fatalf("%v: %s", p.Err(), out.String())
@@ -96,9 +96,6 @@ func TestSurroundings(t *testing.T) {
 	lines := strings.Split(out.String(), "\n")
 	if lines[0] == "0" {
 		t.Error("the program runs as root")
-	}
-	if n, err := strconv.Atoi(lines[1]); err != nil || n > 1 {
-		t.Errorf("core limit %q", lines[1])
 	}
 	if strings.Contains(out.String(), "HOLDFAST_TEST_SECRET") {
 		t.Error("the agent's environment was passed on")
