@@ -56,12 +56,13 @@ func (fs *FS) Mount() error {
 		return fmt.Errorf("mounting on %s: %w; is /dev/fuse there, and may this process mount (root, or CAP_SYS_ADMIN in a container)?", point, err)
 	}
 	m.server.Store(server)
+	execErr := closeDeviceOnExec()
 	go func() {
 		server.Serve()
 		fs.stop()
 		close(m.done)
 	}()
-	if err := server.WaitMount(); err != nil {
+	if err := errors.Join(execErr, server.WaitMount()); err != nil {
 		_ = detach(point)
 		return fmt.Errorf("mounting on %s: %w", point, err)
 	}
