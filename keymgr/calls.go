@@ -97,8 +97,7 @@ func (s *Server) decide(ctx context.Context, req *pb.LeaseRequest) (lease.Decisi
 		return d, err
 	}
 	if d = ask(); d.Kind == lease.Check {
-		// The answer took longer than it holds for.
-		d = lease.Decision{Kind: lease.Refuse, Why: lease.Unreachable}
+		return d, refusal(lease.Unreachable, "project %s: the KMS's answer took longer than the check interval of %v, for which it holds", req.Project, s.cfg.CheckInterval)
 	}
 	return d, nil
 }

@@ -23,7 +23,7 @@ func TestRingOverTheWire(t *testing.T) {
 		t.Fatal(err)
 	}
 	srv, err := keymgr.New(keymgr.Config{Dir: f.auditDir(), BlobStore: f.bucket, Provider: f.kms,
-		CheckInterval: 100 * time.Millisecond, LeaseTTL: 500 * time.Millisecond})
+		CheckInterval: 300 * time.Millisecond, LeaseTTL: 3 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestRingOverTheWire(t *testing.T) {
 	if err := <-shredded; !errors.Is(err, keyring.ErrRevoked) {
 		t.Errorf("reason %v, want ErrRevoked", err)
 	}
-	t.Logf("disabled to shredded: %v (check interval 100ms, lease 500ms)", time.Since(began))
+	t.Logf("disabled to shredded: %v (check interval 300ms, lease 3s)", time.Since(began))
 	if _, err := seal.OpenWAL(nil, k, c, 1, 2, 1, sealed); !errors.Is(err, seal.ErrWiped) {
 		t.Errorf("the key after the denial: %v, want ErrWiped", err)
 	}

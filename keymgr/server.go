@@ -160,12 +160,14 @@ func (s *Server) tick() {
 
 func (s *Server) tickOnce() error {
 	s.mu.Lock()
-	expired, idle := s.mu.machine.Tick(boottime.Now())
+	expired, forget, gone := s.mu.machine.Tick(boottime.Now())
 	var forgotten []string
-	for _, name := range idle {
+	for _, name := range forget {
 		if p := s.mu.projects[name]; p != nil && p.wipe() {
 			forgotten = append(forgotten, name)
 		}
+	}
+	for _, name := range gone {
 		delete(s.mu.projects, name)
 		delete(s.mu.refused, name)
 	}
@@ -175,7 +177,7 @@ func (s *Server) tickOnce() error {
 		events = append(events, Event{Event: "lease.expired", Outcome: "ok", Project: l.Project, Node: l.Node, Lease: l.ID})
 	}
 	for _, name := range forgotten {
-		events = append(events, Event{Event: "kek.forgotten", Outcome: "ok", Project: name, Detail: "not used"})
+		events = append(events, Event{Event: "kek.forgotten", Outcome: "ok", Project: name, Detail: "no lease and no fresh answer of the KMS"})
 	}
 	if len(events) == 0 {
 		return nil

@@ -180,8 +180,9 @@ func TestGenerateAndOpen(t *testing.T) {
 }
 
 func TestDenialWipesAndTells(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
-	f.ttl = 300 * time.Millisecond
+	f.ttl = time.Second
 	r := newRing(t, f)
 	reasons := make(chan error, 10)
 	r.OnShred("p", func(err error) { reasons <- err })
@@ -216,8 +217,9 @@ func TestDenialWipesAndTells(t *testing.T) {
 }
 
 func TestLeaseRunsOutWhenNobodyAnswers(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
-	f.ttl = 200 * time.Millisecond
+	f.ttl = 500 * time.Millisecond
 	r := newRing(t, f)
 	reasons := make(chan error, 1)
 	r.OnShred("p", func(err error) { reasons <- err })
@@ -235,12 +237,13 @@ func TestLeaseRunsOutWhenNobodyAnswers(t *testing.T) {
 }
 
 func TestRenewalKeepsKeysAlive(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
-	f.ttl = 60 * time.Millisecond
+	f.ttl = 1500 * time.Millisecond
 	r := newRing(t, f)
 	r.OnShred("p", func(err error) { t.Errorf("shredded: %v", err) })
 	k, _ := mustGenerate(t, r, 1)
-	for n := 0; n < 10; time.Sleep(time.Millisecond) {
+	for n := 0; n < 4; time.Sleep(time.Millisecond) {
 		f.set(func(f *fakeManager) { n = f.asked })
 	}
 	if wiped(k) {

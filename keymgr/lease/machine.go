@@ -13,7 +13,7 @@
 //     it, and asks again, once;
 //  3. on Refuse, says why;
 //  4. on Use, lets a call that needs a live lease go on or not;
-//  5. on Tick, now and then, forgets the KEKs of the projects it names.
+//  5. on Tick, now and then, forgets the KEKs, and the state, of the projects it names.
 package lease
 
 import (
@@ -40,7 +40,7 @@ type Config struct {
 	CheckInterval time.Duration // how old the last good check may be
 	TTL           time.Duration // how long a lease lives unrenewed
 	RetryGap      time.Duration // from a failed check to the next
-	Idle          time.Duration // from a project's last use to forgetting its KEKs
+	Idle          time.Duration // how long KEKs stay without leases after the last good check
 }
 
 // Kind is a kind of decision.
@@ -75,7 +75,9 @@ type project struct {
 	outcome  Outcome // of the check that began last, of those that have ended
 	began    Instant // when that check began
 	ended    Instant // when it ended
+	good     Instant // when the last check that succeeded began, or the project was first heard of
 	lastUsed Instant
+	forgot   bool // its KEKs, since then
 	leases   map[string]*Lease
 }
 
@@ -91,12 +93,13 @@ func New(cfg Config) *Machine {
 	return &Machine{cfg: cfg, projects: make(map[string]*project), leases: make(map[string]*Lease)}
 }
 
-func (m *Machine) project(name string) *project {
+func (m *Machine) project(now Instant, name string) *project {
 	p := m.projects[name]
 	if p == nil {
-		p = &project{leases: make(map[string]*Lease)}
+		p = &project{good: now, leases: make(map[string]*Lease)}
 		m.projects[name] = p
 	}
+	p.lastUsed = now
 	return p
 }
 
@@ -107,14 +110,13 @@ func (m *Machine) fresh(now Instant, p *project) bool {
 
 // Request asks for a lease for a node, or to renew the lease id. newID names a new one.
 func (m *Machine) Request(now Instant, name, node, id, newID string) Decision {
-	p := m.project(name)
+	p := m.project(now, name)
 	if !m.fresh(now, p) {
 		if p.outcome != OK && p.outcome != Never && now-p.ended < m.cfg.RetryGap {
 			return Decision{Kind: Refuse, Why: p.outcome}
 		}
 		return Decision{Kind: Check}
 	}
-	p.lastUsed = now
 	l := m.leases[id]
 	isNew := l == nil || l.Project != name || l.Node != node || now >= l.End
 	if isNew {
@@ -128,7 +130,7 @@ func (m *Machine) Request(now Instant, name, node, id, newID string) Decision {
 // CheckResult tells what a check that began at the moment began said. A result that
 // arrives after that of a later check is ignored. It returns the leases that a denial ended.
 func (m *Machine) CheckResult(began, now Instant, name string, outcome Outcome) (ended []Lease) {
-	p := m.project(name)
+	p := m.project(now, name)
 	if p.outcome != Never && began < p.began {
 		return nil
 	}
@@ -137,6 +139,9 @@ func (m *Machine) CheckResult(began, now Instant, name string, outcome Outcome) 
 		return nil
 	}
 	p.outcome, p.began, p.ended = outcome, began, now
+	if outcome == OK {
+		p.good, p.forgot = began, false
+	}
 	if outcome != Denied {
 		return nil
 	}
@@ -155,38 +160,46 @@ func (m *Machine) Use(now Instant, id string) (Lease, bool) {
 	if l == nil || now >= l.End {
 		return Lease{}, false
 	}
-	m.project(l.Project).lastUsed = now
 	return *l, true
 }
 
 // State is what is known of a project's key, and whether it is time for another check.
 func (m *Machine) State(now Instant, name string) (outcome Outcome, stale bool) {
-	p := m.project(name)
+	p := m.project(now, name)
 	if p.outcome == OK {
 		return OK, !m.fresh(now, p)
 	}
 	return p.outcome, p.outcome == Never || now-p.ended >= m.cfg.RetryGap
 }
 
-// Tick removes the leases that ran out, and names the projects that nobody has used for
-// Idle: their KEKs are to be forgotten. A project is named once, until it is used again.
-func (m *Machine) Tick(now Instant) (expired []Lease, idle []string) {
+// Tick removes the leases that ran out. It names the projects whose KEKs are to be
+// forgotten, since no lease and no fresh answer of the KMS speaks for keeping them, and those
+// of which nobody has asked for so long that nothing of them needs to be remembered.
+func (m *Machine) Tick(now Instant) (expired []Lease, forget, gone []string) {
 	for id, l := range m.leases {
 		if now >= l.End {
 			expired = append(expired, *l)
 			delete(m.leases, id)
-			delete(m.project(l.Project).leases, id)
+			delete(m.projects[l.Project].leases, id)
 		}
 	}
 	for name, p := range m.projects {
-		if len(p.leases) == 0 && now-p.lastUsed >= m.cfg.Idle && now-p.ended >= m.cfg.Idle {
-			idle = append(idle, name)
+		if len(p.leases) > 0 {
+			continue
+		}
+		if !p.forgot && now-p.good >= m.cfg.Idle {
+			forget = append(forget, name)
+			p.forgot = true
+		}
+		if p.forgot && now-p.lastUsed >= m.cfg.Idle {
+			gone = append(gone, name)
 			delete(m.projects, name)
 		}
 	}
 	sortLeases(expired)
-	slices.Sort(idle)
-	return expired, idle
+	slices.Sort(forget)
+	slices.Sort(gone)
+	return expired, forget, gone
 }
 
 // sortLeases makes decisions repeatable: maps have no order.

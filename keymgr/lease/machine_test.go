@@ -98,12 +98,39 @@ func TestTickForgetsWhatIsIdle(t *testing.T) {
 	m := New(cfg)
 	m.CheckResult(0, 0, "p", OK)
 	m.Request(0, "p", "n", "", "l1")
-	expired, idle := m.Tick(9 * s)
-	want(t, "nothing yet", len(expired)+len(idle), 0)
-	expired, _ = m.Tick(10 * s)
+	expired, forget, gone := m.Tick(9 * s)
+	want(t, "nothing yet", len(expired)+len(forget)+len(gone), 0)
+	expired, _, _ = m.Tick(10 * s)
 	want(t, "expired", expired, []Lease{{"l1", "p", "n", 10 * s}})
-	_, idle = m.Tick(20 * s)
-	want(t, "idle", idle, []string{"p"})
-	_, idle = m.Tick(21 * s)
-	want(t, "named once", len(idle), 0)
+	_, forget, gone = m.Tick(20 * s)
+	want(t, "forgotten", forget, []string{"p"})
+	want(t, "gone", gone, []string{"p"})
+	_, forget, gone = m.Tick(21 * s)
+	want(t, "named once", len(forget)+len(gone), 0)
+}
+
+func TestTickLeavesAFirstCheckAlone(t *testing.T) {
+	m := New(cfg)
+	m.Request(100*s, "p", "n", "", "l1") // says Check; meanwhile:
+	_, forget, gone := m.Tick(101 * s)
+	want(t, "named", len(forget)+len(gone), 0)
+}
+
+func TestKEKsAreForgottenWhileNodesKeepAsking(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, "p", "n", "", "l1")
+	m.CheckResult(6*s, 6*s, "p", Unreachable)
+	var forgotten int
+	for now := 6 * s; now < 60*s; now += s {
+		m.Request(now, "p", "n", "l1", "l2")
+		_, forget, gone := m.Tick(now)
+		forgotten += len(forget)
+		want(t, "gone while it is asked for", len(gone), 0)
+	}
+	want(t, "times forgotten", forgotten, 1)
+	m.CheckResult(60*s, 60*s, "p", OK)
+	if d := m.Request(60*s, "p", "n", "l1", "l3"); d.Kind != Grant {
+		t.Errorf("reachable again: %+v", d)
+	}
 }
