@@ -5,8 +5,6 @@ package keyringtest
 
 import (
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/rand"
 	"fmt"
 	"sync"
@@ -17,7 +15,7 @@ import (
 
 // Ring is a keyring.Ring that lives in one process.
 type Ring struct {
-	kek cipher.AEAD
+	kek *seal.KEK
 
 	mu struct {
 		sync.Mutex
@@ -36,16 +34,12 @@ var _ keyring.Ring = (*Ring)(nil)
 // New makes a ring of its own: what another one wrapped does not open.
 func New() *Ring {
 	raw := make([]byte, seal.KeySize)
-	rand.Read(raw)
-	block, err := aes.NewCipher(raw)
+	rand.Read(raw) // never fails: crypto/rand
+	kek, err := seal.NewKEK(raw)
 	if err != nil {
 		panic(err) // the size is right
 	}
-	aead, err := cipher.NewGCM(block)
-	if err != nil {
-		panic(err) // AES has GCM's block size
-	}
-	r := &Ring{kek: aead}
+	r := &Ring{kek: kek}
 	r.mu.keys = make(map[string][]*seal.Key)
 	r.mu.shred = make(map[string]map[int]func(error))
 	return r
@@ -100,10 +94,11 @@ func (r *Ring) Generate(ctx context.Context, c seal.Context) (*seal.Key, []byte,
 		return nil, nil, err
 	}
 	raw := make([]byte, seal.KeySize)
-	nonce := make([]byte, r.kek.NonceSize())
-	rand.Read(raw)
-	rand.Read(nonce)
-	wrapped := r.kek.Seal(nonce, nonce, raw, c.AppendTo(nil))
+	rand.Read(raw) // never fails: crypto/rand
+	wrapped, err := r.kek.Wrap(1, c, raw)
+	if err != nil {
+		return nil, nil, err
+	}
 	k, err := seal.NewKey(raw)
 	if err != nil {
 		return nil, nil, err
@@ -116,13 +111,9 @@ func (r *Ring) Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.
 	if err := r.usable(ctx, c); err != nil {
 		return nil, err
 	}
-	n := r.kek.NonceSize()
-	if len(wrapped) < n {
-		return nil, fmt.Errorf("unwrapping the key of %s: %d bytes", c, len(wrapped))
-	}
-	raw, err := r.kek.Open(nil, wrapped[:n], wrapped[n:], c.AppendTo(nil))
+	raw, err := r.kek.Unwrap(c, wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("unwrapping the key of %s: it was wrapped for something else, or elsewhere, or is damaged", c)
+		return nil, err
 	}
 	k, err := seal.NewOpenKey(raw)
 	if err != nil {
