@@ -102,7 +102,7 @@ func (b *branch) timeline(ctx context.Context) (*timeline.Timeline, error) {
 // Times between attempts.
 const (
 	retryFirst = 100 * time.Millisecond
-	retryMost  = 2 * time.Second
+	retryMost  = time.Second
 )
 
 // run opens the timeline and ingests, again and again, until the branch is let go or

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
@@ -24,7 +25,7 @@ func loadState(ctx context.Context, tl *timeline.Timeline) (ingest.State, error)
 		return ingest.State{}, err
 	}
 	if h.Base == nil {
-		return ingest.State{}, &damage{"reading the branch's state", errors.New("there is none: its import did not finish")}
+		return ingest.State{}, fmt.Errorf("the branch's state: %w: its import did not finish", blob.ErrNotFound)
 	}
 	state, err := ingest.ParseState(h.Base.Data)
 	if err != nil {
@@ -95,6 +96,8 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 	from := tl.LastLSN()
 	f := &follower{b: b, ctx: ctx, tl: tl, core: ingest.New(lookup{tl}, state, from)}
 	err = b.source.Follow(ctx, from, f.take)
+	f.core.Wipe()
+	clear(f.plain[:cap(f.plain)])
 	switch {
 	case err == nil:
 		return errors.New("the safekeepers ended the stream")

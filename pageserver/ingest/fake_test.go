@@ -25,6 +25,7 @@ type past struct {
 
 func (p *past) put(entries []timeline.Entry) {
 	for _, e := range entries {
+		e.Data = slices.Clone(e.Data)
 		p.versions[e.Key] = append(p.versions[e.Key], e.Value)
 	}
 }

@@ -7,8 +7,9 @@
 // branch's past it asks of a Lookup. The caller's duties, in order, for each batch:
 //
 //  1. For each record: if Barrier says so, Take and store what there is first. Then Apply.
-//  2. Take the entries, and store them in one step.
-//  3. After any error: throw the Core away, and go on with a new one from the stored state.
+//  2. Take the entries, and store them in one step. Their data is the Core's memory, which the
+//     next Apply uses again.
+//  3. After any error: Wipe the Core, and go on with a new one from the stored state.
 //
 // A page's versions of an earlier life must never show through (invariant P1). When a
 // relation is cut, every page beyond the cut gets a tombstone. When it is dropped, only its
@@ -38,7 +39,8 @@ type Lookup interface {
 	// Page fills page with a relation's page.
 	Page(ctx context.Context, key keyspace.Key, lsn pg.LSN, page []byte) error
 	// Stage stores a part of what a record makes, before its end: as of an LSN inside the
-	// record, which begins at begin. After a crash the record is applied again.
+	// record, which begins at begin. After a crash the record is applied again. It copies the
+	// entries' data.
 	Stage(ctx context.Context, begin pg.LSN, entries []timeline.Entry) error
 }
 
@@ -74,7 +76,8 @@ type Core struct {
 
 	out   []timeline.Entry
 	bytes int
-	arena []byte
+	mem   memory
+	taken bool // the entries whose data is in mem are stored
 
 	// Of the record under way.
 	ctx    context.Context
@@ -102,7 +105,6 @@ const (
 	maxSizes   = 1 << 18
 	maxMarks   = 1 << 18
 	stageBytes = 32 << 20
-	arenaBytes = 256 << 10
 	entryCost  = 64
 	bigXact    = 64 << 10 // main data of a transaction's end with many dropped relations
 )
@@ -123,6 +125,10 @@ func (c *Core) Barrier(rec *walrec.Record) bool {
 
 // Apply files one record.
 func (c *Core) Apply(ctx context.Context, rec *walrec.Record) error {
+	if c.taken {
+		c.mem.reset()
+		c.taken = false
+	}
 	c.ctx, c.rec, c.change = ctx, rec, nil
 	c.state.checkPoint().AdvanceXid(rec.Xid)
 	if err := c.apply(); err != nil {
@@ -163,7 +169,7 @@ func (c *Core) apply() error {
 func (c *Core) Take(upTo pg.LSN) []timeline.Entry {
 	out := append(c.out, timeline.Entry{Key: keyspace.Checkpoint(),
 		Value: timeline.Value{LSN: upTo, Kind: timeline.Image, Data: c.state.Marshal()}})
-	c.out, c.bytes, c.arena, c.last = nil, 0, nil, upTo
+	c.out, c.bytes, c.last, c.taken = nil, 0, upTo, true
 	if len(c.sizes) > maxSizes {
 		clear(c.sizes)
 	}
@@ -182,21 +188,19 @@ func (c *Core) stage() error {
 		return nil
 	}
 	out := c.out
-	c.out, c.bytes, c.arena = nil, 0, nil
-	return c.look.Stage(c.ctx, c.rec.LSN, out)
+	c.out, c.bytes, c.change = nil, 0, nil
+	err := c.look.Stage(c.ctx, c.rec.LSN, out)
+	c.mem.reset()
+	return err
 }
 
-// alloc gives n bytes that live as long as the entries of this batch.
-func (c *Core) alloc(n int) []byte {
-	if n > arenaBytes/8 {
-		return make([]byte, n)
-	}
-	if len(c.arena) < n {
-		c.arena = make([]byte, arenaBytes)
-	}
-	p := c.arena[:n:n]
-	c.arena = c.arena[n:]
-	return p
+// alloc gives n zero bytes that live as long as the entries of this batch.
+func (c *Core) alloc(n int) []byte { return c.mem.alloc(n) }
+
+// Wipe clears the plaintext that the Core holds. The Core is of no use after it (K2).
+func (c *Core) Wipe() {
+	c.mem.reset()
+	c.out = nil
 }
 
 func (c *Core) u32(v uint32) []byte {

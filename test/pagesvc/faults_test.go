@@ -284,8 +284,8 @@ func walPrev(data []byte) pg.LSN { return pg.LSN(le.Uint64(data[8:])) }
 // A crash after a layer is durable and before the safekeepers hear of it loses nothing.
 func TestCrashBetweenFlushAndReport(t *testing.T) {
 	w := imported(t)
-	w.log.deaf = true
 	w.end()
+	w.log.deaf = true
 	w.withTimeline(small)
 	w.begin()
 	w.attach()

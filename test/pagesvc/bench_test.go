@@ -1,0 +1,115 @@
+package pagesvc
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/test/stock"
+	"github.com/holdfastdb/holdfast/test/testenv"
+)
+
+// recorded is the WAL of pgbench: its initialization, and transactions.
+var recorded struct {
+	once    sync.Once
+	initial string
+	dir     string
+	failed  error
+}
+
+const (
+	benchScale        = 5
+	benchTransactions = 5000 // for each of two clients
+)
+
+func record(b *testing.B) {
+	testenv.NeedPostgres(b)
+	recorded.once.Do(func() {
+		root := testenv.TempDir(noCleanup{b})
+		s, err := stock.New(context.Background(), root, "stock", settings)
+		if err != nil {
+			recorded.failed = err
+			return
+		}
+		recorded.initial, recorded.dir = filepath.Join(root, "initial"), s.Dir
+		snapshot(b, s.Dir, recorded.initial)
+		if recorded.failed = s.Start(context.Background()); recorded.failed != nil {
+			return
+		}
+		pgbench := func(args ...string) {
+			if _, err := s.Target().Run(context.Background(), "pgbench", args...); err != nil {
+				b.Fatal(err)
+			}
+		}
+		pgbench("-i", "-q", "-s", fmt.Sprint(benchScale))
+		pgbench("-n", "-c", "2", "-t", fmt.Sprint(benchTransactions))
+		recorded.failed = s.Stop()
+	})
+	if recorded.failed != nil {
+		b.Fatal(recorded.failed)
+	}
+}
+
+// loadedWorld is a page server that has ingested the recorded WAL; took is how long that took.
+func loadedWorld(b *testing.B) (w *world, took time.Duration) {
+	record(b)
+	w = newWorld(b, testenv.TempDir(b))
+	start, err := w.importDir(recorded.initial)
+	if err != nil {
+		b.Fatal(err)
+	}
+	w.log.end = start
+	w.log.feed(b, recorded.dir, loadDirectory(b, recorded.dir).control.CheckPoint)
+	begun := time.Now()
+	w.attach()
+	w.wait(w.log.end)
+	return w, time.Since(begun)
+}
+
+func BenchmarkIngest(b *testing.B) {
+	var total time.Duration
+	var bytes int
+	for range b.N {
+		w, took := loadedWorld(b)
+		total += took
+		bytes += w.log.bytes
+		w.end()
+	}
+	b.ReportMetric(float64(bytes)/total.Seconds()/1e6, "MB/s")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkGetPages reads random blocks of pgbench_accounts after all transactions, over the
+// service.
+func BenchmarkGetPages(b *testing.B) {
+	w, _ := loadedWorld(b)
+	r, err := w.client.ListRelations(b.Context(), &pb.ListRelationsRequest{At: w.point(w.log.end, true), Tablespace: 1663, Database: 5})
+	if err != nil {
+		b.Fatal(err)
+	}
+	biggest := slices.MaxFunc(r.Relations, func(x, y *pb.RelationSize) int { return int(x.Blocks) - int(y.Blocks) })
+	for _, count := range []uint32{1, 16, 128} {
+		b.Run(fmt.Sprintf("pages=%d", count), func(b *testing.B) {
+			times := make([]time.Duration, 0, b.N)
+			for range b.N {
+				block := rand.Uint32N(biggest.Blocks - count)
+				begun := time.Now()
+				_, err := w.client.GetPages(b.Context(), &pb.GetPagesRequest{At: w.point(w.log.end, true), Block: block, Count: count,
+					Rel: &pb.RelFork{Tablespace: 1663, Database: 5, Relation: biggest.Relation}})
+				if err != nil {
+					b.Fatal(err)
+				}
+				times = append(times, time.Since(begun))
+			}
+			slices.Sort(times)
+			b.ReportMetric(float64(times[len(times)/2].Microseconds()), "p50-µs")
+			b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-µs")
+		})
+	}
+}
