@@ -270,8 +270,9 @@ func (p *project) end(term uint64, reason error) {
 	if reason == nil {
 		return
 	}
+	// Each by itself: none waits for a slow one, and one may close the ring.
 	for _, fn := range fns {
-		fn(reason)
+		go fn(reason)
 	}
 }
 

@@ -33,7 +33,8 @@ type Ring interface {
 	Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.Key, error)
 
 	// OnShred calls fn once when the project's lease ends, whatever the reason, after the
-	// keys were wiped: the node then drops all it holds of the project in plaintext.
+	// keys were wiped, on a goroutine of its own: the node then drops all it holds of the
+	// project in plaintext. fn may close the ring.
 	// If the project has no lease yet, Generate or Open takes one out. A later lease needs a
 	// new OnShred. cancel makes that fn is not called any more.
 	OnShred(project string, fn func(reason error)) (cancel func())

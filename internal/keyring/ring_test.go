@@ -376,6 +376,17 @@ func TestPushedOutKeysAreStillWiped(t *testing.T) {
 	}
 }
 
+func TestShreddedNodeMayCloseItsRing(t *testing.T) {
+	f := newFake(t)
+	f.ttl = 500 * time.Millisecond
+	r := New(f, "node")
+	closed := make(chan struct{})
+	r.OnShred("p", func(error) { r.Close(); close(closed) })
+	mustGenerate(t, r, 1)
+	f.fail(revoked)
+	<-closed
+}
+
 func TestClosedRing(t *testing.T) {
 	r := New(newFake(t), "node")
 	r.Close()
