@@ -56,6 +56,7 @@ var defaults = map[string]string{
 	"timezone":                   "UTC",
 	"log_timezone":               "UTC",
 	"datestyle":                  "iso, mdy",
+	"log_line_prefix":            "%m [%p] %e ", // the agent looks for the SQLSTATE of a PANIC
 	"lc_messages":                "C",
 	"lc_monetary":                "C",
 	"lc_numeric":                 "C",
@@ -74,7 +75,7 @@ var fixed = map[string]string{
 	// A crashed Postgres ends; the agent starts again with a new epoch.
 	"restart_after_crash": "off",
 	// K1: messages hold users' data. They go to the agent's pipe, which seals them.
-	"log_destination": "stderr", "logging_collector": "off", "log_line_prefix": "%m [%p] %e ",
+	"log_destination": "stderr", "logging_collector": "off",
 	"unix_socket_permissions": "0700", "unix_socket_group": "", "shared_memory_type": "mmap",
 	"allow_in_place_tablespaces": "off", "bonjour": "off",
 }

@@ -72,10 +72,14 @@ func (l *Log) lookLocked(line []byte) {
 // sqlstate is the state that stands before the severity (log_line_prefix ends with %e), if
 // that is what it is.
 func sqlstate(b []byte) string {
+	b = bytes.TrimSpace(b)
 	for _, c := range b {
 		if (c < '0' || c > '9') && (c < 'A' || c > 'Z') {
 			return ""
 		}
+	}
+	if len(b) != 5 {
+		return ""
 	}
 	return string(b)
 }
