@@ -51,7 +51,7 @@ func (fs *FS) Mount() error {
 	if err := os.MkdirAll(point, 0o700); err != nil {
 		return fmt.Errorf("mounting: %w", err)
 	}
-	server, err := fuse.NewServer(fs, point, fs.mountOptions())
+	server, err := fs.connect(point)
 	if err != nil {
 		return fmt.Errorf("mounting on %s: %w; is /dev/fuse there, and may this process mount (root, or CAP_SYS_ADMIN in a container)?", point, err)
 	}
@@ -69,17 +69,38 @@ func (fs *FS) Mount() error {
 	return nil
 }
 
+// connect mounts and answers the kernel's greeting. As root it mounts itself: the FUSE
+// library's own way leaves /dev/fuse open in every child process. A Postgres that holds it
+// keeps the connection alive when the agent dies, and waits for itself for ever.
+func (fs *FS) connect(point string) (*fuse.Server, error) {
+	if os.Geteuid() != 0 {
+		return fuse.NewServer(fs, point, fs.mountOptions())
+	}
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
+	}
+	// allow_other: Postgres runs as another user.
+	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", fd, unix.S_IFDIR, maxWrite)
+	if err := unix.Mount(fsName, point, "fuse."+fsName, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), fs.mountOptions()) // takes fd
+	if err != nil {
+		_ = detach(point)
+		return nil, err
+	}
+	return server, nil
+}
+
 func (fs *FS) mountOptions() *fuse.MountOptions {
-	root := os.Geteuid() == 0
 	return &fuse.MountOptions{
 		FsName: fsName, Name: fsName,
-		AllowOther:        root, // Postgres runs as another user
-		Options:           []string{"default_permissions"},
-		DirectMount:       root,
-		DirectMountStrict: root,
-		MaxWrite:          maxWrite,
-		MaxReadAhead:      maxWrite,
-		MaxBackground:     128, // kernel read-ahead and posix_fadvise are our prefetch
+		Options:       []string{"default_permissions"},
+		MaxWrite:      maxWrite,
+		MaxReadAhead:  maxWrite,
+		MaxBackground: 128, // kernel read-ahead and posix_fadvise are our prefetch
 		// One round trip less for every write.
 		DisableXAttrs:            true,
 		ExplicitDataCacheControl: true,

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -202,10 +203,16 @@ func TestHelperAgent(t *testing.T) {
 		t.Skip("run by another test only")
 	}
 	fs := mounted(t, Config{Mountpoint: point})
-	if err := fs.WriteFile("ready", nil); err != nil {
+	child := exec.Command("sleep", "1000")
+	file, err := os.Create(filepath.Join(fs.cfg.Mountpoint, "open"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	os.Stdout.WriteString("ready\n")
+	child.Stdin = file // an exit closes it, which the kernel tells the mount
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("ready %d\n", child.Process.Pid)
 	select {}
 }
 
@@ -222,11 +229,20 @@ func TestStaleMount(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := out.Read(make([]byte, 6)); err != nil {
+	var child int
+	if _, err := fmt.Fscanf(out, "ready %d\n", &child); err != nil {
 		t.Fatal(err)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+	// The child outlives the agent; it can be killed, though it has a file of the mount open.
+	if err := unix.Kill(child, unix.SIGKILL); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the agent's child is gone", func() bool {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child))
+		return err != nil || bytes.Contains(status, []byte("State:\tZ"))
+	})
 	if err := unix.Access(point, unix.F_OK); err != unix.ENOTCONN {
 		t.Fatalf("the dead mount answers %v, want ENOTCONN", err)
 	}

@@ -49,9 +49,13 @@ type fetch struct {
 	err   error
 }
 
-// bring gets a block from the page server, along with up to want-1 that follow it.
+// bring gets a block from the page server, along with up to want-1 that follow it. If it
+// is here meanwhile, the answer is empty.
 func (fs *FS) bring(op opContext, f *file, b pg.BlockNumber, want int, need pg.LSN) (remotePage, error) {
 	ft := fs.fetch(f, b, want, need)
+	if ft == nil {
+		return remotePage{}, nil
+	}
 	select {
 	case <-ft.done:
 	default:
@@ -74,13 +78,17 @@ func (fs *FS) bring(op opContext, f *file, b pg.BlockNumber, want int, need pg.L
 }
 
 // fetch starts a call for a block and those after it that are missing too, or finds the
-// one under way.
+// one under way. Nil: the block is not missing any more.
 func (fs *FS) fetch(f *file, b pg.BlockNumber, want int, need pg.LSN) *fetch {
 	r := &f.remote
 	r.Lock()
 	defer r.Unlock()
 	if ft := r.fetches[b]; ft != nil && ft.at >= need {
 		return ft
+	}
+	need, missing := fs.missing(f, b)
+	if !missing {
+		return nil
 	}
 	return fs.fetchLocked(f, b, want, need)
 }
