@@ -218,10 +218,10 @@ func (l *Ledger) one(conn *pgx.Conn, worker int) bool {
 		l.note(t, Aborted, 0)
 		_ = tx.Rollback(ctx) // fails where the connection is lost
 		var pgErr *pgconn.PgError
-		if errors.As(err, &pgErr) && pgErr.Severity == "ERROR" {
+		if errors.As(err, &pgErr) && pgErr.Severity == "ERROR" && outlives(ctx, conn) {
 			l.fail(fmt.Errorf("transaction %s was refused: %w", t.ID, err))
 		}
-		return !conn.IsClosed()
+		return false
 	}
 	if c.rollback {
 		err := tx.Rollback(ctx)
@@ -242,6 +242,13 @@ func (l *Ledger) one(conn *pgx.Conn, worker int) bool {
 	l.note(t, Acked, maxID)
 	l.acked.Add(1)
 	return true
+}
+
+// outlives tells whether the server still answers a while after an error. One whose disk
+// has gone away, since it is being killed, may say so before it ends: that refuses nothing.
+func outlives(ctx context.Context, conn *pgx.Conn) bool {
+	_, err := conn.Exec(ctx, "SELECT pg_sleep(1)")
+	return err == nil
 }
 
 func (l *Ledger) fail(err error) {

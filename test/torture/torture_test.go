@@ -15,6 +15,7 @@ import (
 	"github.com/holdfastdb/holdfast/test/cluster"
 	"github.com/holdfastdb/holdfast/test/ledger"
 	"github.com/holdfastdb/holdfast/test/pgtools"
+	"github.com/holdfastdb/holdfast/test/proc"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
 
@@ -88,7 +89,7 @@ var actions = []action{
 		lost := a.replica()
 		a.log("destroying the computes' and the pageserver's folders and %s's", lost)
 		for _, dir := range []string{a.c.Dir("compute"), a.c.Dir(cluster.Pageserver), a.c.Dir(lost)} {
-			if err := os.RemoveAll(dir); err != nil {
+			if err := proc.RemoveAll(dir); err != nil { // with the dead mounts there
 				return err
 			}
 		}
