@@ -198,9 +198,9 @@ func TestBucketFaults(t *testing.T) {
 // everything that was reported as durable; the dead one's late writes change nothing.
 func TestCrashAtEveryCall(t *testing.T) {
 	for _, last := range []blobtest.Fault{blobtest.Lost, blobtest.Unreported} {
-		for crashAt := 1; ; crashAt++ {
+		for crashAt := int64(1); ; crashAt++ {
 			if !crashOnce(t, last, crashAt) {
-				if crashAt < 15 {
+				if crashAt < 20 {
 					t.Fatalf("the whole run has only %d calls", crashAt)
 				}
 				break
@@ -210,40 +210,38 @@ func TestCrashAtEveryCall(t *testing.T) {
 }
 
 // crashOnce tells false if the run ended before the crash.
-func crashOnce(t *testing.T, last blobtest.Fault, crashAt int) (crashed bool) {
+func crashOnce(t *testing.T, last blobtest.Fault, crashAt int64) (crashed bool) {
 	r := newModelRun(t, 5)
-	r.cfg.CompactAfter, r.cfg.Dir, r.cfg.FlushBytes = 2, "", 1<<20
+	r.cfg.CompactAfter, r.cfg.Dir, r.cfg.FlushBytes = -1, "", 1<<20
 	var err error
 	if r.tl, err = Create(t.Context(), r.cfg, testStart); err != nil {
 		t.Fatal(err)
 	}
 	r.tl.Close()
-	calls := 0
+	alive, crash := context.WithCancel(t.Context())
+	defer crash()
+	var calls atomic.Int64
 	dying := r.cfg
 	dying.Store = blobtest.NewFaulty(r.store, func(op blobtest.Op, key string) blobtest.Fault {
 		if op == blobtest.OpGet || op == blobtest.OpList {
 			return blobtest.None
 		}
-		if calls++; calls < crashAt {
+		switch n := calls.Add(1); {
+		case n < crashAt:
 			return blobtest.None
-		}
-		if calls == crashAt {
+		case n == crashAt:
+			crash()
 			return last
 		}
 		return blobtest.Lost
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	opening, stopOpening := context.WithTimeout(ctx, 20*time.Millisecond)
-	defer stopOpening()
 	durable := testStart
-	tl, err := Open(opening, dying)
-	if err == nil {
-		durable = r.putUntilCrash(ctx, tl, crashAt, func() int { return dying.Store.(*blobtest.Faulty).Calls(blobtest.OpSwap) })
+	if tl, err := Open(alive, dying); err == nil {
+		durable = r.putUntilCrash(alive, tl)
+		// It lives on, and tries again and again, while another one takes over.
 		defer tl.Close()
 	}
-	r.tl, err = Open(ctx, r.cfg)
-	if err != nil {
+	if r.tl, err = Open(t.Context(), r.cfg); err != nil {
 		t.Fatal(err)
 	}
 	defer r.tl.Close()
@@ -252,32 +250,23 @@ func crashOnce(t *testing.T, last blobtest.Fault, crashAt int) (crashed bool) {
 	}
 	r.m.forget(r.tl.DurableLSN())
 	checkAll(t, r.tl, r.m, r.rng)
-	for range 3 {
-		entries, upTo := r.m.randomEntries(r.rng, r.keys)
-		mustPut(t, r.tl, r.m, entries, upTo)
-	}
-	if err := errors.Join(r.tl.Flush(ctx), r.tl.Compact(ctx)); err != nil {
+	r.putSome(3)
+	if err := errors.Join(r.tl.Flush(t.Context()), r.tl.Compact(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	checkAll(t, r.tl, r.m, r.rng)
-	if tl != nil {
-		tl.Close()
-	}
-	return calls >= crashAt
+	return alive.Err() != nil
 }
 
 // putUntilCrash gives what was durable at the end.
-func (r *modelRun) putUntilCrash(ctx context.Context, tl *Timeline, crashAt int, swaps func() int) pg.LSN {
-	for range 8 {
+func (r *modelRun) putUntilCrash(alive context.Context, tl *Timeline) pg.LSN {
+	for i := range 8 {
 		entries, upTo := r.m.randomEntries(r.rng, r.keys)
-		if err := tl.Put(ctx, entries, upTo); err != nil {
+		if err := tl.Put(r.t.Context(), entries, upTo+8); err != nil {
 			r.t.Fatal(err)
 		}
-		r.m.add(entries, upTo)
-		flushing, cancel := context.WithTimeout(ctx, 15*time.Millisecond)
-		err := tl.Flush(flushing)
-		cancel()
-		if err != nil {
+		r.m.add(entries, upTo+8)
+		if tl.Flush(alive) != nil || i%3 == 2 && tl.Compact(alive) != nil {
 			break
 		}
 	}
