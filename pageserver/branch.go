@@ -262,6 +262,8 @@ func (b *branch) describe() *pb.PageServerBranch {
 	}
 	if tl != nil {
 		d.IngestedLsn, d.DurableLsn = uint64(tl.LastLSN()), uint64(tl.DurableLSN())
+		s := tl.Stats()
+		d.Layers, d.LayerBytes, d.MemoryBytes = uint64(s.Layers), uint64(s.LayerBytes), uint64(s.MemoryBytes)
 	}
 	return d
 }

@@ -211,6 +211,20 @@ func TestBadWALStopsTheBranchLoudly(t *testing.T) {
 	}
 }
 
+func TestStatusTellsSizes(t *testing.T) {
+	w := imported(t)
+	w.log.feed(t, base.after, base.last)
+	w.wait(w.log.end)
+	st, err := w.client.Status(t.Context(), &pb.PageServerStatusRequest{})
+	if err != nil || len(st.Branches) != 1 {
+		t.Fatalf("%v, %v", st, err)
+	}
+	b := st.Branches[0]
+	if b.Layers < 1 || b.LayerBytes == 0 || b.MemoryBytes == 0 || pg.LSN(b.IngestedLsn) != w.log.end || b.DurableLsn == 0 || b.Error != "" {
+		t.Errorf("the branch is said to be %v", b)
+	}
+}
+
 func TestStartupStateOnlyWhereItIsKnown(t *testing.T) {
 	w := imported(t)
 	w.log.feed(t, base.after, base.last)
