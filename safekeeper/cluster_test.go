@@ -89,6 +89,9 @@ func (c *cluster) startAll() {
 	for id := range c.peers {
 		c.start(id)
 	}
+	for id := range c.peers { // until then, a new cluster does not outlive a loss
+		c.waitJoined(id)
+	}
 }
 
 func (c *cluster) folder(id uint64) string { return filepath.Join(c.dir, fmt.Sprintf("node%d", id)) }
@@ -139,15 +142,15 @@ func (c *cluster) stop(id uint64) {
 
 // kill stops a node as SIGKILL does, or, with a rng, as a power failure does.
 func (c *cluster) kill(id uint64, rng *rand.Rand) {
-	if n := c.nodes[id]; n != nil {
-		n.rpc.Stop()
-	}
+	n := c.nodes[id]
+	delete(c.nodes, id)
 	if rng != nil {
 		c.disks[id].Crash(rng)
 	} else {
 		c.disks[id].Kill()
 	}
-	c.stop(id)
+	n.rpc.Stop()
+	n.srv.abort() // fails: its disk is gone
 }
 
 func (c *cluster) addrs() []string { return []string{c.peers[1], c.peers[2], c.peers[3]} }
@@ -179,7 +182,7 @@ func (c *cluster) leader(branch string) uint64 {
 }
 
 func (c *cluster) ctx() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	c.t.Cleanup(cancel)
 	return ctx
 }

@@ -38,6 +38,7 @@ func begin(t *testing.T, inMemory bool) (*cluster, *walclient.Client, *walclient
 }
 
 func TestAppendAndRead(t *testing.T) {
+	t.Parallel()
 	c, cl, a, w := begin(t, false)
 	c.appendSome(a, w, 3, 20000) // across pages
 	c.mustHold(branch, w)
@@ -65,6 +66,7 @@ func TestAppendAndRead(t *testing.T) {
 }
 
 func TestSwitchRecord(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, false)
 	wal, end := walrec.PlaceRecord(w.at, walrec.Build(0, 0x40, 0, w.prev, nil), 42)
 	if err := a.Send(w.at, wal); err != nil {
@@ -78,6 +80,7 @@ func TestSwitchRecord(t *testing.T) {
 }
 
 func TestFailover(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, true)
 	for round := range 3 {
 		lead := c.leader(branch)
@@ -101,6 +104,7 @@ func TestFailover(t *testing.T) {
 }
 
 func TestAllLosePower(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, true)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -116,6 +120,7 @@ func TestAllLosePower(t *testing.T) {
 }
 
 func TestLostDirectory(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, false)
 	for id := uint64(1); id <= 3; id++ {
 		c.stop(id)
@@ -152,6 +157,7 @@ func (c *cluster) waitJoined(id uint64) {
 }
 
 func TestTwoLostDirectoriesAreNotGuessed(t *testing.T) {
+	t.Parallel()
 	c, _, _, w := begin(t, false)
 	for id := uint64(1); id <= 3; id++ {
 		c.stop(id)
@@ -161,7 +167,9 @@ func TestTwoLostDirectoriesAreNotGuessed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.startAll()
+	for id := range c.peers {
+		c.start(id)
+	}
 	time.Sleep(time.Second) // long enough for an election, if there could be one
 	for id, n := range c.nodes {
 		g, _ := n.srv.groupOf(nameOf(branch))
@@ -172,6 +180,7 @@ func TestTwoLostDirectoriesAreNotGuessed(t *testing.T) {
 }
 
 func TestFencing(t *testing.T) {
+	t.Parallel()
 	c, cl, a, w := begin(t, false)
 	at, wal := w.record(100)
 	e, err := cl.OpenEpoch(c.ctx(), "second")
@@ -222,6 +231,7 @@ func (c *cluster) raw(epoch uint64, at pg.LSN, wal []byte, commit pg.LSN) error 
 }
 
 func TestBadAppends(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, false)
 	a.Close()
 	at, wal := w.record(100)
@@ -258,6 +268,7 @@ func TestBadAppends(t *testing.T) {
 }
 
 func TestFlippedBit(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, true)
 	const id = 2
 	dir := ""
@@ -289,6 +300,7 @@ func TestFlippedBit(t *testing.T) {
 }
 
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, true)
 	lead := c.leader(branch)
 	c.disks[lead].SetFree(0)
@@ -316,6 +328,7 @@ func TestFullDisk(t *testing.T) {
 }
 
 func TestArchiveAndTruncation(t *testing.T) {
+	t.Parallel()
 	c, cl, a, w := begin(t, false)
 	for range 8 { // 2.4 MB: far more than a log may keep
 		c.appendSome(a, w, 300, 1000)
@@ -375,6 +388,7 @@ func (c *cluster) waitArchived(n int) (keys []string) {
 }
 
 func TestLaggingFollowerTakesASnapshot(t *testing.T) {
+	t.Parallel()
 	c, cl, a, w := begin(t, false)
 	late := c.leader(branch)%3 + 1
 	c.stop(late)
@@ -406,6 +420,7 @@ func TestLaggingFollowerTakesASnapshot(t *testing.T) {
 }
 
 func TestNothingRestsInPlaintext(t *testing.T) {
+	t.Parallel()
 	c, _, a, w := begin(t, true)
 	c.appendSome(a, w, 50, 1000)
 	found := 0
@@ -423,6 +438,7 @@ func TestNothingRestsInPlaintext(t *testing.T) {
 }
 
 func TestRevokedKey(t *testing.T) {
+	t.Parallel()
 	c, cl, a, w := begin(t, false)
 	c.ring.Revoke()
 	at, wal := w.record(100)
@@ -439,6 +455,7 @@ func TestRevokedKey(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
+	t.Parallel()
 	c, _, _, w := begin(t, false)
 	st, err := c.nodes[c.leader(branch)].srv.Status(c.ctx(), &pb.SafekeeperStatusRequest{})
 	if err != nil {
@@ -453,6 +470,7 @@ func TestStatus(t *testing.T) {
 }
 
 func TestConfigurationErrors(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, small(), false)
 	for name, cfg := range map[string]Config{
 		"not among peers": {NodeID: 4, Dir: c.folder(1), Peers: c.peers},

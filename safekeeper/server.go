@@ -116,13 +116,23 @@ func (s *Server) Register(g *grpc.Server) { pb.RegisterSafekeeperServer(g, s) }
 
 // Close stops the safekeeper; where it leads, it hands over first.
 func (s *Server) Close() error {
+	for _, g := range s.groups {
+		if g != nil {
+			g.HandOver()
+		}
+	}
+	return s.abort()
+}
+
+// abort stops the safekeeper without a word to its peers.
+func (s *Server) abort() error {
 	var errs []error
+	s.transport.close()
 	for _, g := range s.groups {
 		if g != nil {
 			errs = append(errs, g.Close())
 		}
 	}
-	s.transport.close()
 	s.unlock()
 	return errors.Join(errs...)
 }

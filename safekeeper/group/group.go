@@ -169,18 +169,21 @@ func (g *Group) Err() error {
 	return nil
 }
 
-// Close stops the replica. A leader hands over first, so that nobody waits for an election.
-func (g *Group) Close() error {
-	if g.Err() == nil && g.leadership.Load() != nil {
-		g.call(func() { g.core.HandOver() })
-		for i := 0; i < 10 && g.leadership.Load() != nil; i++ {
-			time.Sleep(20 * time.Millisecond)
-		}
+// HandOver makes another replica the leader, if this one is, so that nobody waits for an
+// election when it stops. It takes a moment at most.
+func (g *Group) HandOver() {
+	const patience, look = 200 * time.Millisecond, 10 * time.Millisecond
+	if g.ctx.Err() != nil || g.leadership.Load() == nil {
+		return
 	}
-	return g.stop()
+	g.call(func() { g.core.HandOver() })
+	for i := time.Duration(0); i < patience && g.leadership.Load() != nil; i += look {
+		time.Sleep(look)
+	}
 }
 
-func (g *Group) stop() error {
+// Close stops the replica.
+func (g *Group) Close() error {
 	g.cancel()
 	g.done.Wait()
 	g.endLeadership()
@@ -300,8 +303,8 @@ func (g *Group) Hello(ctx context.Context, from, incarnation uint64) (HelloInfo,
 
 // joinGroup asks the peers, round by round, until the replica may vote.
 func (g *Group) joinGroup() {
-	const pause, limit = 200 * time.Millisecond, 2 * time.Second
-	for !g.Status().Joined {
+	const limit, maxPause = 2 * time.Second, time.Second
+	for pause := 20 * time.Millisecond; !g.Status().Joined; pause = min(2*pause, maxPause) {
 		g.call(g.core.BeginRound)
 		ctx, cancel := context.WithTimeout(g.ctx, limit)
 		var round sync.WaitGroup

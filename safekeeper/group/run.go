@@ -87,6 +87,9 @@ func (g *Group) turn() error {
 		g.effect(&fx)
 	}
 	g.checkLeadership()
+	if !g.status.Load().Joined && g.core.Joined() {
+		g.publishStatus()
+	}
 	return nil
 }
 
