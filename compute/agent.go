@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -20,6 +21,7 @@ import (
 	"github.com/holdfastdb/holdfast/compute/scratch"
 	"github.com/holdfastdb/holdfast/compute/wal"
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -52,6 +54,7 @@ type agent struct {
 	appender *walclient.Appender
 	fs       *pgfs.FS
 	postgres *postgres
+	serving  atomic.Pointer[postgres] // postgres, for the mount
 
 	phases []any // name and duration of each phase of the start
 	last   time.Time
@@ -214,7 +217,7 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End), WAL: w, StartLSN: a.epoch.End,
+	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End), WAL: w, Aux: a.keepAux, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
 	if err != nil {
 		return errors.Join(err, store.Wipe())
@@ -255,10 +258,25 @@ func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
 	return nil
 }
 
+// keepAux puts a file that WAL does not describe into the log: Postgres itself writes it
+// there, in its place among the WAL, and waits for the quorum.
+func (a *agent) keepAux(ctx context.Context, path string, content []byte) error {
+	p := a.serving.Load()
+	if p == nil {
+		return errors.New("Postgres is not running")
+	}
+	sealed, err := auxfile.Seal(ctx, a.ring, a.cfg.Project, a.cfg.Branch, path, content)
+	if err != nil {
+		return err
+	}
+	return p.emit(ctx, auxfile.Prefix, sealed)
+}
+
 func (a *agent) startPostgres(ctx context.Context) (err error) {
 	if a.postgres, err = startPostgres(a.folder.Mount, a.user, a.settings, a.log); err != nil {
 		return err
 	}
+	a.serving.Store(a.postgres)
 	context.AfterFunc(a.life, a.postgres.Kill) // at once, whatever else is under way
 	return a.postgres.awaitReady(ctx)
 }

@@ -123,7 +123,8 @@ func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn
 	}
 	cfg.Host, cfg.Port, cfg.Database, cfg.Password = p.settings.SocketDir, uint16(port), database, ""
 	cfg.TLSConfig, cfg.Fallbacks, cfg.ConnectTimeout = nil, nil, connectTimeout
-	cfg.RuntimeParams = map[string]string{"application_name": "holdfast", "statement_timeout": "5s", "search_path": ""}
+	cfg.RuntimeParams = map[string]string{"application_name": "holdfast", "statement_timeout": "5s", "search_path": "",
+		"default_transaction_read_only": "off", "synchronous_commit": "local"}
 	return pgconn.ConnectConfig(ctx, cfg)
 }
 
@@ -167,6 +168,19 @@ func closeConn(conn *pgconn.PgConn) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = conn.Close(ctx) // the server may be gone
+}
+
+// emit writes a logical message into the WAL and waits for the quorum.
+func (p *postgres) emit(ctx context.Context, prefix string, content []byte) error {
+	conn, _, err := p.open(ctx)
+	if err != nil {
+		return fmt.Errorf("connecting to Postgres: %w", err)
+	}
+	defer closeConn(conn)
+	const binary = 1
+	res := conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
+		[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read()
+	return res.Err
 }
 
 // poll tells the mount, now and then, what runs in Postgres, so that it may let pages go

@@ -1,38 +1,25 @@
 package pageserver
 
 import (
-	"encoding/binary"
-	"fmt"
-	"path"
-	"strings"
+	"context"
+	"errors"
+
+	"github.com/holdfastdb/holdfast/internal/auxfile"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
-// An aux file is one that WAL does not describe. Its value has its path, since its key is
-// only the path's hash: length of the path 2 | path | content.
-
-const maxAuxPath = 1024
-
-func marshalAux(name string, data []byte) []byte {
-	b := make([]byte, 0, 2+len(name)+len(data))
-	b = binary.LittleEndian.AppendUint16(b, uint16(len(name)))
-	b = append(b, name...)
-	return append(b, data...)
-}
-
-func parseAux(b []byte) (name string, data []byte, err error) {
-	if len(b) < 2 || int(binary.LittleEndian.Uint16(b)) > len(b)-2 {
-		return "", nil, fmt.Errorf("an aux file's value of %d bytes is too short for its path", len(b))
+// openAux gives the value of an aux file in a logical message. Any user may write such a
+// message: one that does not open under the project's key is not the compute's, and is passed
+// over. When the key cannot be used, nothing is known of the message, and ingest waits.
+func (f *follower) openAux(ctx context.Context, sealed []byte) ([]byte, error) {
+	value, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
+	switch {
+	case err == nil:
+		return value, nil
+	case errors.Is(err, keyring.ErrRevoked), errors.Is(err, keyring.ErrUnreachable), errors.Is(err, seal.ErrWiped), ctx.Err() != nil:
+		return nil, asLookup(err)
 	}
-	n := int(binary.LittleEndian.Uint16(b))
-	name = string(b[2 : 2+n])
-	return name, b[2+n:], checkPath(name)
-}
-
-// checkPath refuses paths that are not plain and relative to a data directory.
-func checkPath(name string) error {
-	if name == "" || len(name) > maxAuxPath || name != path.Clean(name) || path.IsAbs(name) ||
-		name == ".." || strings.HasPrefix(name, "../") || strings.ContainsRune(name, 0) {
-		return fmt.Errorf("%q is no path of a file in a data directory", name)
-	}
-	return nil
+	f.b.log.Warn("a logical message claims to carry a file, and does not open", "error", err)
+	return nil, nil
 }

@@ -95,6 +95,7 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 	}
 	from := tl.LastLSN()
 	f := &follower{b: b, ctx: ctx, tl: tl, core: ingest.New(lookup{tl}, state, from)}
+	f.core.Aux = f.openAux
 	err = b.source.Follow(ctx, from, f.take)
 	f.core.Wipe()
 	clear(f.plain[:cap(f.plain)])

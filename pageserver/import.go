@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -115,7 +116,7 @@ func importedAt(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
 	if h.Base == nil {
 		return 0, errors.New("the branch was not made by an import")
 	}
-	_, data, err := parseAux(h.Base.Data)
+	_, data, err := auxfile.Parse(h.Base.Data)
 	if err != nil {
 		return 0, err
 	}
@@ -151,7 +152,7 @@ func (u *upload) add(r *pb.ImportRequest) error {
 	if r.Path == "" {
 		return nil
 	}
-	if err := checkPath(r.Path); err != nil {
+	if err := auxfile.CheckPath(r.Path); err != nil {
 		return err
 	}
 	if !wanted(r.Path) {
@@ -271,7 +272,7 @@ func (b *builder) file(name string, data []byte) error {
 		b.databases++
 		b.put(keyspace.Database(tablespace, db), data)
 	default:
-		b.put(keyspace.AuxFile(name), marshalAux(name, data))
+		b.put(keyspace.AuxFile(name), auxfile.Marshal(name, data))
 	}
 	return nil
 }
@@ -302,7 +303,7 @@ func (b *builder) finish(ctl *pg.ControlFile) {
 	for kind, pages := range b.slru {
 		b.put(keyspace.SLRUExtents(kind), ingest.MarshalSLRUPages(pages))
 	}
-	b.put(keyspace.AuxFile(startFile), marshalAux(startFile, []byte(b.lsn.String())))
+	b.put(keyspace.AuxFile(startFile), auxfile.Marshal(startFile, []byte(b.lsn.String())))
 	state := ingest.State{PrevRecord: ctl.CheckPoint, Control: *ctl, EarlyOffsets: -1}
 	b.put(keyspace.Checkpoint(), state.Marshal())
 }

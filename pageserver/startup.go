@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/pageserver/ingest"
@@ -96,7 +97,7 @@ func (rd *reader) smallFiles(resp *pb.StartupStateResponse, add func(string, []b
 			return err
 		},
 		keyspace.KindAuxFile: func(_ keyspace.Key, v timeline.Value) error {
-			name, data, err := parseAux(v.Data)
+			name, data, err := auxfile.Parse(v.Data)
 			if err == nil && name != startFile {
 				add(name, data)
 			}

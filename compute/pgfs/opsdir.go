@@ -1,12 +1,16 @@
 package pgfs
 
 import (
+	"fmt"
 	iofs "io/fs"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 )
 
 // The kernel's requests about names.
@@ -216,9 +220,41 @@ func (fs *FS) Rename(cancel <-chan struct{}, in *fuse.RenameIn, oldName, newName
 		err = fs.load(caller(cancel, &in.InHeader), to)
 	}
 	if err == nil {
+		err = fs.keepAux(caller(cancel, &in.InHeader), from, oldName, to, newName)
+	}
+	if err == nil {
 		err = fs.rename(from, oldName, to, newName, in.Flags&unix.RENAME_NOREPLACE != 0)
 	}
 	return fs.status(err)
+}
+
+// auxTimeout bounds how long a rename may wait for Config.Aux, which may need Postgres: the
+// kernel holds the directory meanwhile.
+const auxTimeout = 10 * time.Second
+
+// keepAux makes a file durable that is about to get a name under which it has to be.
+func (fs *FS) keepAux(op opContext, from *node, oldName string, to *node, newName string) error {
+	if fs.cfg.Aux == nil || to.dir == nil {
+		return nil
+	}
+	fs.tree.RLock()
+	path := to.dir.join(newName)
+	n, err := childLocked(from, oldName)
+	fs.tree.RUnlock()
+	if err != nil || n.file == nil || !auxfile.Carried(path) {
+		return err
+	}
+	content := make([]byte, min(n.file.size.Load(), auxfile.MaxContent+1))
+	read, err := fs.read(op, n.file, content, 0)
+	if err != nil {
+		return err
+	}
+	ctx, stop := fs.begin(op, auxTimeout)
+	defer stop()
+	if err := fs.cfg.Aux(ctx, path, content[:read]); err != nil {
+		return fmt.Errorf("%s could not be made durable, so its new content is refused: %w", path, err)
+	}
+	return nil
 }
 
 func (fs *FS) rename(from *node, oldName string, to *node, newName string, noReplace bool) error {

@@ -43,6 +43,9 @@ type Config struct {
 	Remote Remote
 	// WAL takes what is written to pg_wal. Nil: pg_wal holds ordinary local files.
 	WAL WAL
+	// Aux, if set, makes durable what a file will hold that WAL does not describe, before the
+	// rename that gives it its name answers; if it fails, so does the rename.
+	Aux func(ctx context.Context, path string, content []byte) error
 	// StartLSN is the LSN at which the endpoint started: pages that were never written here
 	// are asked for as of it, or later.
 	StartLSN pg.LSN

@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 	"github.com/holdfastdb/holdfast/pageserver/change"
@@ -66,6 +67,10 @@ const (
 
 // Core files records. It is not safe for concurrent use.
 type Core struct {
+	// Aux opens the message of an aux file (internal/auxfile) and gives the file's value; nil
+	// if it is none of ours. Nil: such messages mean nothing.
+	Aux func(ctx context.Context, sealed []byte) ([]byte, error)
+
 	look  Lookup
 	state State
 	last  pg.LSN // all before it is stored: what lookups are asked for
@@ -156,12 +161,32 @@ func (c *Core) apply() error {
 		return c.relMap()
 	case rmReplOrigin:
 		return c.replOrigin()
-	case rmStandby, rmLogicalMsg:
-		return nil // for standbys and for decoding: no durable state
+	case rmStandby:
+		return nil // for standbys: no durable state
+	case rmLogicalMsg:
+		return c.message()
 	case rmHeap, rmHeap2:
 		return c.heap()
 	}
 	return c.blocks()
+}
+
+// message files what a logical message carries: nothing, but for ours.
+func (c *Core) message() error {
+	sealed, ok := auxfile.Message(c.rec.MainData)
+	if !ok || c.Aux == nil {
+		return nil
+	}
+	value, err := c.Aux(c.ctx, sealed)
+	if err != nil || value == nil {
+		return err
+	}
+	name, _, err := auxfile.Parse(value)
+	if err != nil {
+		return err
+	}
+	c.put(keyspace.AuxFile(name), timeline.Image, value)
+	return nil
 }
 
 // Take returns the entries since the last Take, with the state as of upTo, the end of the
