@@ -109,7 +109,7 @@ func (c *Core) Pending() int { return c.bytes }
 const (
 	maxSizes   = 1 << 18
 	maxMarks   = 1 << 18
-	stageBytes = 32 << 20
+	stageBytes = 4 << 20
 	entryCost  = 64
 	bigXact    = 64 << 10 // main data of a transaction's end with many dropped relations
 )

@@ -96,20 +96,40 @@ func BenchmarkGetPages(b *testing.B) {
 	biggest := slices.MaxFunc(r.Relations, func(x, y *pb.RelationSize) int { return int(x.Blocks) - int(y.Blocks) })
 	for _, count := range []uint32{1, 16, 128} {
 		b.Run(fmt.Sprintf("pages=%d", count), func(b *testing.B) {
-			times := make([]time.Duration, 0, b.N)
-			for range b.N {
-				block := rand.Uint32N(biggest.Blocks - count)
-				begun := time.Now()
-				_, err := w.client.GetPages(b.Context(), &pb.GetPagesRequest{At: w.point(w.log.end, true), Block: block, Count: count,
-					Rel: &pb.RelFork{Tablespace: 1663, Database: 5, Relation: biggest.Relation}})
-				if err != nil {
-					b.Fatal(err)
-				}
-				times = append(times, time.Since(begun))
-			}
-			slices.Sort(times)
-			b.ReportMetric(float64(times[len(times)/2].Microseconds()), "p50-µs")
-			b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-µs")
+			w.benchReads(b, count, func() (*pb.RelFork, uint32) {
+				return &pb.RelFork{Tablespace: 1663, Database: 5, Relation: biggest.Relation}, rand.Uint32N(biggest.Blocks - count)
+			})
 		})
 	}
+	b.Run("free space map", func(b *testing.B) { // of 4069 heap blocks, each read for its slot
+		w.benchReads(b, 1, func() (*pb.RelFork, uint32) {
+			return &pb.RelFork{Tablespace: 1663, Database: 5, Relation: biggest.Relation, Fork: 1}, 2
+		})
+	})
+	for _, f := range r.Relations { // pgbench's branches: a few pages that every transaction changes
+		if f.Relation < 16384 || f.Fork != 0 || f.Blocks == 0 || f.Blocks > 200 {
+			continue
+		}
+		b.Run(fmt.Sprintf("hot relation %d of %d blocks", f.Relation, f.Blocks), func(b *testing.B) {
+			w.benchReads(b, 1, func() (*pb.RelFork, uint32) {
+				return &pb.RelFork{Tablespace: 1663, Database: 5, Relation: f.Relation}, rand.Uint32N(f.Blocks)
+			})
+		})
+	}
+}
+
+func (w *world) benchReads(b *testing.B, count uint32, what func() (*pb.RelFork, uint32)) {
+	times := make([]time.Duration, 0, b.N)
+	for range b.N {
+		rel, block := what()
+		begun := time.Now()
+		_, err := w.client.GetPages(b.Context(), &pb.GetPagesRequest{At: w.point(w.log.end, true), Block: block, Count: count, Rel: rel})
+		if err != nil {
+			b.Fatal(err)
+		}
+		times = append(times, time.Since(begun))
+	}
+	slices.Sort(times)
+	b.ReportMetric(float64(times[len(times)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-µs")
 }

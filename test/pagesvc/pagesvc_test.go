@@ -2,6 +2,7 @@ package pagesvc
 
 import (
 	"context"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
@@ -94,8 +95,10 @@ func TestPagesEqualStockPostgres(t *testing.T) {
 
 	final := loadDirectory(t, s.Dir)
 	w.log.feed(t, s.Dir, final.control.CheckPoint)
-	w.wait(middle)
-	w.restart() // in the middle, with its local copies deleted
+	for range 6 { // in the middle, with its local copies deleted
+		w.wait(start + pg.LSN(rand.Uint64N(uint64(w.log.end-start))))
+		w.restart()
+	}
 	w.wait(w.log.end)
 	t.Logf("%d bytes of WAL in %d chunks", w.log.bytes, len(w.log.chunks))
 	for _, at := range []string{"after ingest", "after a restart"} {
