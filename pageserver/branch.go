@@ -3,6 +3,7 @@ package pageserver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -29,6 +30,8 @@ type branch struct {
 	stopCh chan struct{}
 	done   chan struct{}
 	verify *verifier // nil unless Config.VerifyRedo
+
+	complained string // last warning; owned by run
 
 	// folded tells the ingest that free space map pages were made into images.
 	folded atomic.Bool
@@ -134,7 +137,7 @@ func (b *branch) run(ctx context.Context) {
 		if time.Since(begun) > retryMost {
 			wait = retryFirst
 		}
-		b.log.Warn("branch is shut; trying again", "err", err, "wait", wait)
+		b.complain("branch is shut; trying again", err)
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
@@ -190,12 +193,21 @@ func (b *branch) session(ctx context.Context) (err error) {
 			wait = retryFirst
 		}
 		b.setError(err)
-		b.log.Warn("following the WAL was interrupted", "err", err, "wait", wait)
+		b.complain("following the WAL was interrupted; trying again", err)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(wait):
 		}
+	}
+}
+
+// complain logs an error that the branch meets again and again, once until another comes.
+func (b *branch) complain(what string, err error) {
+	text := what + fmt.Sprint(err)
+	if b.complained != text {
+		b.complained = text
+		b.log.Warn(what, "err", err)
 	}
 }
 
