@@ -177,9 +177,11 @@ func (c *Client) call(ctx context.Context, what string, fn func(context.Context,
 		case c.ctx.Err() != nil:
 			err = ErrClosed
 		case ctx.Err() == nil && !final(err):
-			if pause.wait(ctx) == nil {
+			last := err
+			if err = pause.wait(ctx); err == nil {
 				continue
 			}
+			err = fmt.Errorf("%w; the last answer was: %v", err, last)
 		}
 		return fmt.Errorf("%s, branch %s/%s: %w", what, c.project, c.branch, err)
 	}

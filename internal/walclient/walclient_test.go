@@ -120,6 +120,12 @@ func (f *fake) CreateBranch(_ context.Context, r *pb.CreateBranchRequest) (*pb.C
 	return &pb.CreateBranchResponse{}, nil
 }
 
+func (f *fake) ReportDurable(context.Context, *pb.ReportDurableRequest) (*pb.ReportDurableResponse, error) {
+	f.w.mu.Lock()
+	defer f.w.mu.Unlock()
+	return &pb.ReportDurableResponse{}, f.notLeaderLocked()
+}
+
 // append takes one request; answer is false if it is to be silent.
 func (f *fake) append(epoch uint64, r *pb.AppendRequest) (end pg.LSN, answer bool, err error) {
 	w := f.w

@@ -41,6 +41,8 @@ const (
 	maxMsgBytes      = 1 << 20  // of entries in one MsgApp; a larger entry goes alone
 	maxInflightBytes = 32 << 20 // to one follower
 	maxInflightMsgs  = 4096
+
+	bootRound = 3 // ticks in which one replica may win the first election
 )
 
 // Core is one replica of one group. Its methods are for one goroutine, but for View and
@@ -154,12 +156,12 @@ func (c *Core) startRaft() error {
 	if err != nil {
 		return fmt.Errorf("starting Raft over %s: %w", c.cfg.Dir, err)
 	}
-	// When all start together, the first in order does not wait for an election timeout.
-	// PreVote keeps this from disturbing a leader.
+	// When all start together, they try in turn and do not wait for an election timeout,
+	// until there is a leader. PreVote keeps this from disturbing one.
 	c.bootTicks = 2
 	for _, v := range c.cfg.Voters {
 		if v < c.cfg.NodeID {
-			c.bootTicks += 3
+			c.bootTicks += bootRound
 		}
 	}
 	return nil
@@ -182,10 +184,14 @@ func (c *Core) Tick() {
 		return
 	}
 	c.rn.Tick()
-	if c.bootTicks > 0 {
-		if c.bootTicks--; c.bootTicks == 0 && c.rn.BasicStatus().Lead == raft.None {
-			_ = c.rn.Campaign() // its only error is a message from outside
-		}
+	if c.bootTicks == 0 {
+		return
+	}
+	if c.rn.BasicStatus().Lead != raft.None {
+		c.bootTicks = 0
+	} else if c.bootTicks--; c.bootTicks == 0 {
+		c.bootTicks = bootRound * len(c.cfg.Voters)
+		_ = c.rn.Campaign() // its only error is a message from outside
 	}
 }
 
