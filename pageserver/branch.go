@@ -169,6 +169,7 @@ func (b *branch) session(ctx context.Context) (err error) {
 		return err
 	}
 	b.set(opened, nil, false)
+	b.complained = ""
 	ctx, cancel := context.WithCancel(ctx)
 	var helpers sync.WaitGroup
 	defer func() { cancel(); helpers.Wait() }()
