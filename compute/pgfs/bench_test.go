@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const benchSeconds = 5
+const benchSeconds = 3
 
 var tpsLine = regexp.MustCompile(`tps = ([0-9.]+)`)
 
@@ -96,6 +96,10 @@ func BenchmarkPgbench(b *testing.B) {
 				for _, s := range servers {
 					before := s.cpu(s.name == "mount")
 					tps := s.tps(run.args...)
+					for s.sql("select count(*) from pg_stat_activity where application_name = 'pgbench'") != "0" {
+						time.Sleep(10 * time.Millisecond)
+					}
+					time.Sleep(100 * time.Millisecond) // until they are reaped
 					used := s.cpu(s.name == "mount") - before
 					results[s.name] = append(results[s.name], tps)
 					costs[s.name] = append(costs[s.name], float64(used.Microseconds())/(tps*benchSeconds))

@@ -19,8 +19,9 @@ import (
 )
 
 const (
-	fsName   = "holdfast"
-	maxWrite = 1 << 20
+	fsName     = "holdfast"
+	fuseDevice = "/dev/fuse"
+	maxWrite   = 1 << 20
 	// unmountWait bounds each of Unmount's two tries: in order, and by force.
 	unmountWait = 2 * time.Second
 )
@@ -56,13 +57,12 @@ func (fs *FS) Mount() error {
 		return fmt.Errorf("mounting on %s: %w; is /dev/fuse there, and may this process mount (root, or CAP_SYS_ADMIN in a container)?", point, err)
 	}
 	m.server.Store(server)
-	execErr := closeDeviceOnExec()
 	go func() {
 		server.Serve()
 		fs.stop()
 		close(m.done)
 	}()
-	if err := errors.Join(execErr, server.WaitMount()); err != nil {
+	if err := server.WaitMount(); err != nil {
 		_ = detach(point)
 		return fmt.Errorf("mounting on %s: %w", point, err)
 	}
@@ -76,9 +76,9 @@ func (fs *FS) connect(point string) (*fuse.Server, error) {
 	if os.Geteuid() != 0 {
 		return fuse.NewServer(fs, point, fs.mountOptions())
 	}
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(fuseDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("opening /dev/fuse: %w", err)
+		return nil, fmt.Errorf("opening %s: %w", fuseDevice, err)
 	}
 	// allow_other: Postgres runs as another user.
 	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", fd, unix.S_IFDIR, maxWrite)

@@ -17,7 +17,7 @@ import (
 
 var (
 	seedFlag  = flag.Uint64("seed", 0, "the seed of the random tests (0: a new one)")
-	stepsFlag = flag.Int("steps", 6000, "how many operations a random test does")
+	stepsFlag = flag.Int("steps", 4000, "how many operations a random test does")
 )
 
 func seed(t testing.TB) *rand.Rand {

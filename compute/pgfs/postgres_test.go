@@ -262,8 +262,8 @@ func TestStockPostgres(t *testing.T) {
 	fs := mounted(t, Config{UID: cred.Uid, GID: cred.Gid})
 	s := newServer(t, cred, fs.cfg.Mountpoint)
 	s.start()
-	s.run("pgbench", "-i", "-q", "-s", "5")
-	s.run("pgbench", "-n", "-c", "4", "-j", "2", "-T", "3")
+	s.run("pgbench", "-i", "-q", "-s", "2")
+	s.run("pgbench", "-n", "-c", "4", "-j", "2", "-T", "1")
 	s.sql("create unlogged table u as select g from generate_series(1, 1000) g")
 	s.sql("create table big as select g, repeat(md5(g::text), 3) v from generate_series(1, 50000) g; create index on big(v)")
 	if got := s.sql("select count(*) from (select v from big order by v desc, g offset 10) q"); got != "49990" {
