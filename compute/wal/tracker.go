@@ -20,16 +20,15 @@ import (
 	"fmt"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
-	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 const (
 	// maxChunk is where a chunk ends at the next record's end.
 	maxChunk = 1 << 20
-	// MaxRecord is the most bytes of the stream that one record may take: it travels in one
-	// message, with what the message needs besides.
-	MaxRecord = rpc.MaxMessage - 2*maxChunk
+	// MaxRecord is the most bytes that one record may have: a chunk holds whole records, and
+	// the safekeepers take chunks of up to 32 MiB.
+	MaxRecord = 32<<20 - 2*maxChunk
 
 	recordHeaderSize = 24      // SizeOfXLogRecord
 	keepTail         = 4 << 20 // memory for unfinished records that is kept for the next one

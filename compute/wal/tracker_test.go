@@ -289,6 +289,23 @@ func testDamaged(t *testing.T, h *history, r *rand.Rand) {
 	}
 }
 
+// TestRecordTooLong: what no chunk can carry is an error once the record is sure to come.
+func TestRecordTooLong(t *testing.T) {
+	const start = pg.LSN(0x3000000)
+	tr, err := NewTracker(start, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := walrec.Build(0, 0x20, 0, start-8, make([]byte, MaxRecord))
+	stream, _ := walrec.PlaceRecord(start, rec, 42)
+	if _, err := tr.Write(start, stream[:pg.WALPageSize]); err != nil {
+		t.Fatalf("a length that may still change: %v", err)
+	}
+	if _, err := tr.Write(start+pg.WALPageSize, stream[pg.WALPageSize:2*pg.WALPageSize]); err == nil {
+		t.Fatal("no error")
+	}
+}
+
 // isPadding tells whether the byte lies between a record's last byte and its aligned end,
 // or in a field of a page header that nothing depends on.
 func isPadding(h *history, at int) bool {
