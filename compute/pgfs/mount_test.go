@@ -221,7 +221,7 @@ func TestStaleMount(t *testing.T) {
 	needMount(t)
 	point := filepath.Join(openDir(t), "mnt")
 	cmd := exec.Command(os.Args[0], "-test.run=^TestHelperAgent$")
-	cmd.Env = append(os.Environ(), helperMount+"="+point)
+	cmd.Env = append(os.Environ(), helperMount+"="+point, "TMPDIR="+t.TempDir()) // which it cannot remove
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
