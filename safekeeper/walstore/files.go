@@ -35,6 +35,9 @@ func (s *Store) takeNext(need int64) (*logFile, error) {
 		}
 	}
 	s.prep.next = nil
+	s.mu.Lock() // before prep is let go: Prepare must not make this file again
+	s.mu.files = append(s.mu.files, next)
+	s.mu.Unlock()
 	return next, nil
 }
 
@@ -179,6 +182,7 @@ func (s *Store) installSnapshot(snap *raftpb.Snapshot) error {
 	n := len(s.mu.files) - 1
 	s.w.replaced = append(s.w.replaced, s.mu.files[:n:n]...)
 	s.mu.files = s.mu.files[n:]
+	s.mu.floor = s.w.cur
 	s.mu.Unlock()
 	s.w.reset = true
 	return s.putReset()
@@ -201,12 +205,12 @@ func (s *Store) retireAll(files []*logFile) error {
 	return nil
 }
 
-// Oldest is the index of the last entry in the oldest log file, if that is not the current
-// one: what Compact could let go next. first is the first entry that is held.
+// Oldest is the index of the last entry in the oldest log file, if that is not being written
+// to: what Compact could let go next. first is the first entry that is held.
 func (s *Store) Oldest() (first, last uint64, ok bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if len(s.mu.files) < 2 {
+	if s.mu.files[0] == s.mu.floor {
 		return 0, 0, false
 	}
 	base := s.mu.snap.GetMetadata().GetIndex()
@@ -240,12 +244,12 @@ func (s *Store) Compact(index uint64, data []byte) error {
 		s.mu.recent = s.mu.recent[1:]
 	}
 	s.mu.snap = snap
-	keep := s.mu.files[len(s.mu.files)-1]
-	if len(s.mu.ents) > 0 {
+	keep := s.mu.floor
+	if len(s.mu.ents) > 0 && s.mu.ents[0].file.seq < keep.seq {
 		keep = s.mu.ents[0].file
 	}
 	n := 0
-	for s.mu.files[n] != keep {
+	for s.mu.files[n].seq < keep.seq {
 		n++
 	}
 	old := s.mu.files[:n:n]

@@ -284,6 +284,7 @@ func (s *Store) adopt(sc *scan) error {
 	default:
 		s.mu.ents = sc.ents[base+1-sc.first:]
 	}
+	s.mu.floor = s.w.cur
 	h := &sc.hard
 	// A commit index that was written with entries which a torn tail lost is too high.
 	commit := min(max(h.GetCommit(), base), s.lastLocked())

@@ -60,6 +60,7 @@ type Store struct {
 	mu struct {
 		sync.RWMutex
 		files  []*logFile // in order, the current one last
+		floor  *logFile   // the first file that may hold what a Write has not made visible yet
 		ents   []position // of entries snap.index+1 and on
 		snap   *raftpb.Snapshot
 		hard   *raftpb.HardState
@@ -127,6 +128,8 @@ func (s *Store) Write(batches []Batch) error {
 }
 
 func (s *Store) write(batches []Batch) error {
+	s.setFloor()
+	defer s.setFloor()
 	mustSync := false
 	for _, b := range batches {
 		if !raft.IsEmptySnap(b.Snapshot) {
@@ -162,6 +165,13 @@ func (s *Store) write(batches []Batch) error {
 	old := s.w.replaced
 	s.w.replaced = nil
 	return s.retireAll(old)
+}
+
+// setFloor keeps Compact from files that a Write is about to refer to.
+func (s *Store) setFloor() {
+	s.mu.Lock()
+	s.mu.floor = s.w.cur
+	s.mu.Unlock()
 }
 
 func (s *Store) putEntry(e *raftpb.Entry) error {
@@ -249,12 +259,9 @@ func (s *Store) nextFile(need int64) error {
 	}
 	s.w.buf = appendRecord(s.w.buf, s.w.cur.salt, record{kind: kindEnd, durable: uint32(s.w.synced)})
 	if err := s.flush(true); err != nil {
-		return err
+		return fmt.Errorf("%v", err) // final even where the disk is full: next is taken
 	}
 	s.w.cur, s.w.off, s.w.synced = next, fileHeader, fileHeader
-	s.mu.Lock()
-	s.mu.files = append(s.mu.files, next)
-	s.mu.Unlock()
 	return s.putHardState()
 }
 
