@@ -122,7 +122,9 @@ func (h *history) replay(t *testing.T, r *rand.Rand, from int, maxStep int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	end := h.ends[len(h.ends)-1]
+	const maxWrites = 10_000 // about
+	last := sort.Search(len(h.ends)-1, func(i int) bool { return h.ends[i] > start+pg.LSN(maxStep)*maxWrites/2 })
+	end := h.ends[last]
 	pos := start
 	accept := func(chunks []Chunk, written pg.LSN) {
 		for _, c := range chunks {
@@ -178,8 +180,8 @@ func (h *history) replay(t *testing.T, r *rand.Rand, from int, maxStep int) {
 		}
 		at = next
 	}
-	if pos != end {
-		t.Fatalf("accepted up to %v, want %v", pos, end)
+	if pos < end {
+		t.Fatalf("accepted up to %v, want at least %v", pos, end)
 	}
 }
 
