@@ -23,8 +23,9 @@ import (
 	"github.com/holdfastdb/holdfast/test/proc"
 )
 
-// Password is the superuser's, in every cluster of this package.
-const Password = "test-password-of-the-superuser"
+// Password is the superuser's, in every cluster of this package. No part of it occurs
+// anywhere else: it is searched for.
+const Password = "kZ3vQ8mT1xW6yB4nR7cJ"
 
 // Options is what a cluster is made of.
 type Options struct {
