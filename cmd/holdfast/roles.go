@@ -101,6 +101,9 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := os.Stat(cfg.LocalKMS); err != nil {
+		return nil, fmt.Errorf("the development KMS: %w; `holdfast kms create` makes one", err)
+	}
 	provider, err := localkms.Open(cfg.LocalKMS)
 	if err != nil {
 		return nil, err
