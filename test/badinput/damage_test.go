@@ -4,7 +4,10 @@
 package badinput
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -94,6 +97,34 @@ func flipAt(share float64) func([]byte) []byte {
 	}
 }
 
+// flipEverywhere spoils every chunk, so that whatever is read is spoiled.
+func flipEverywhere(b []byte) []byte {
+	for i := 5000; i < len(b); i += 10000 {
+		b[i] ^= 0x10
+	}
+	return b
+}
+
+// otherDEK replaces a layer's wrapped DEK in the manifest, under a checksum that is right.
+func otherDEK(b []byte) []byte {
+	head, body, _ := bytes.Cut(b, []byte("\n"))
+	re := regexp.MustCompile(`("[Ww]rapped[^"]*":\s*")([^"]{20})`)
+	body = re.ReplaceAllFunc(body, func(m []byte) []byte {
+		last := &m[len(m)-1]
+		if *last = 'A'; m[len(m)-2] == 'A' {
+			*last = 'B'
+		}
+		m[len(m)-2] ^= 1
+		if m[len(m)-2] < '0' || m[len(m)-2] > 'z' {
+			m[len(m)-2] = 'C'
+		}
+		return m
+	})
+	sum := sha256.Sum256(body)
+	head = append(head[:len(head)-64], hex.EncodeToString(sum[:])...)
+	return append(append(head, '\n'), body...)
+}
+
 func truncate(b []byte) []byte { return b[:len(b)/2] }
 
 // damage is one way to spoil a stopped cluster.
@@ -141,10 +172,13 @@ func raftLog(ids ...int) func(*testing.T, *cluster.Cluster) {
 }
 
 var damages = []damage{
-	{name: "a flipped bit in each layer", do: eachLayer(flipAt(0.5)), says: `(?i)layer.*(damaged|authentic|truncated|sealed)`},
-	{name: "a flipped bit in each layer's wrapped DEK", do: eachLayer(func(b []byte) []byte { b[min(len(b)-1, 40)] ^= 1; return b }), says: `(?i)layer`},
-	{name: "each layer truncated", do: eachLayer(truncate), says: `(?i)layer`},
-	{name: "two layers swapped", says: `(?i)layer`, do: func(t *testing.T, c *cluster.Cluster) {
+	{name: "a flipped bit in each chunk of each layer", do: eachLayer(flipEverywhere), says: `layers/[0-9a-f]`},
+	{name: "a changed wrapped DEK of each layer", says: `(?i)DEK|key|manifest`, do: func(t *testing.T, c *cluster.Cluster) {
+		rewrite(t, filesBelow(t, c.Dir("bucket"), `/manifest$`)[0], otherDEK)
+		forgetLocalCopies(t, c)
+	}},
+	{name: "each layer truncated", do: eachLayer(truncate), says: `layers/[0-9a-f]`},
+	{name: "two layers swapped", says: `layers/[0-9a-f]`, do: func(t *testing.T, c *cluster.Cluster) {
 		files := filesBelow(t, c.Dir("bucket"), layers)
 		if len(files) < 2 {
 			t.Fatalf("there is only %v", files)
@@ -193,6 +227,11 @@ func TestDamageIsNamedAndNothingIsLost(t *testing.T) {
 	}
 	defer l.Close()
 	l.Start()
+	for range 10 { // enough for more than one layer
+		if err := l.Bulk(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := l.WaitAcked(ctx, 300); err != nil {
 		t.Fatal(err)
 	}

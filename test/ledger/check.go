@@ -80,6 +80,9 @@ func (l *Ledger) Check(ctx context.Context) (Report, error) {
 	if err := l.checkMarksLocked(ctx, conn, &p); err != nil {
 		return report, err
 	}
+	if err := l.checkBulksLocked(ctx, conn, &p); err != nil {
+		return report, err
+	}
 	return report, errors.Join(p.err(), l.checkSequenceLocked(ctx, conn))
 }
 

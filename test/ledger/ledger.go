@@ -58,7 +58,7 @@ type txn struct {
 	State  State  `json:"state"`
 }
 
-// Ledger writes and checks. Its methods are for one goroutine.
+// Ledger writes and checks. Its methods, Bulk excepted, are for one goroutine.
 type Ledger struct {
 	cfg     Config
 	journal *os.File
@@ -71,9 +71,11 @@ type Ledger struct {
 	mu struct {
 		sync.Mutex
 		txns    map[string]*txn
-		seq     []int // of each worker: the last that was begun
-		maxID   int64 // the greatest sequence value seen in an acknowledged transaction
-		failure error // a database's answer that cannot be right
+		seq     []int         // of each worker: the last that was begun
+		bulk    int           // the number of the last bulk
+		bulks   map[int]State // by number
+		maxID   int64         // the greatest sequence value seen in an acknowledged transaction
+		failure error         // a database's answer that cannot be right
 	}
 }
 
@@ -98,6 +100,7 @@ func New(ctx context.Context, cfg Config) (*Ledger, error) {
 	}
 	l := &Ledger{cfg: cfg, paused: true}
 	l.mu.txns = make(map[string]*txn)
+	l.mu.bulks = make(map[int]State)
 	l.mu.seq = make([]int, cfg.Connections)
 	if cfg.Journal != "" {
 		f, err := os.OpenFile(cfg.Journal, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -106,7 +109,7 @@ func New(ctx context.Context, cfg Config) (*Ledger, error) {
 		}
 		l.journal = f
 	}
-	err := cfg.Target.Exec(ctx, schema,
+	err := cfg.Target.Exec(ctx, schema, bulkSchema,
 		fmt.Sprintf("INSERT INTO accounts SELECT i, %d FROM generate_series(1, %d) i", initialBalance, cfg.Accounts),
 		fmt.Sprintf("INSERT INTO marks SELECT i, 0 FROM generate_series(0, %d) i", cfg.Connections-1))
 	if err != nil {

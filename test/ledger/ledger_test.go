@@ -2,6 +2,7 @@ package ledger_test
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -50,6 +51,8 @@ func TestStockPostgresSurvivesKills(t *testing.T) {
 	defer l.Close()
 	for range 2 {
 		l.Start()
+		bulk := make(chan error, 1)
+		go func() { bulk <- errors.Join(l.Bulk(ctx), l.Bulk(ctx), l.Bulk(ctx), l.Bulk(ctx), l.Bulk(ctx)) }()
 		if err := l.WaitAcked(ctx, 300); err != nil {
 			t.Fatal(err)
 		}
@@ -57,6 +60,9 @@ func TestStockPostgresSurvivesKills(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := s.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-bulk; err != nil {
 			t.Fatal(err)
 		}
 		report, err := l.Check(ctx)
@@ -128,6 +134,9 @@ func TestTamperingIsSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	if err := l.Bulk(ctx); err != nil {
+		t.Fatal(err)
+	}
 	l.Start()
 	if err := l.WaitAcked(ctx, 100); err != nil {
 		t.Fatal(err)
@@ -142,6 +151,7 @@ func TestTamperingIsSeen(t *testing.T) {
 		{"UPDATE marks SET seq = seq - 1 WHERE worker = 0", "UPDATE marks SET seq = seq + 1 WHERE worker = 0", "mark is at"},
 		{"INSERT INTO entries (txn, part, parts, body) VALUES ('stranger', 0, 1, 'b')", "DELETE FROM entries WHERE txn = 'stranger'", "never written"},
 		{"UPDATE entries SET part = 900 WHERE id = (SELECT min(id) FROM entries WHERE part = 0)", "UPDATE entries SET part = 0 WHERE part = 900", "another content"},
+		{"DELETE FROM bulk WHERE i = 17", "", "bulk 1 has 7999 rows"},
 		{"UPDATE docs SET body = 'short'", "", "long values"},
 	} {
 		if err := s.Target().Exec(ctx, tc.do); err != nil {

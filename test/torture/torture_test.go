@@ -19,8 +19,8 @@ import (
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
 
-// kills is how many `make test` does.
-const kills = 20
+// kills is how many `make test` does: each kind four times.
+const kills = 32
 
 // settings make much happen in little time: many checkpoints, vacuums, and pages that do
 // not stay in shared_buffers.
@@ -121,10 +121,12 @@ func (a *torturer) check(ctx context.Context) error {
 // writing kills while the ledger writes.
 func (a *torturer) writing(ctx context.Context, act action) error {
 	a.l.Start()
+	bulk := make(chan error, 1)
+	go func() { bulk <- a.l.Bulk(ctx) }()
 	if err := a.l.WaitAcked(ctx, 20+a.rng.Int64N(200)); err != nil {
 		return err
 	}
-	a.pause(300 * time.Millisecond)
+	a.pause(800 * time.Millisecond) // the bulk may have ended, or be cut off
 	a.done++
 	a.log("kill %d, writing: %s", a.done, act.name)
 	began := time.Now()
@@ -135,6 +137,9 @@ func (a *torturer) writing(ctx context.Context, act action) error {
 		return fmt.Errorf("no transaction was acknowledged any more: %w", err)
 	}
 	a.log("commits went on after %.1fs", time.Since(began).Seconds())
+	if err := <-bulk; err != nil {
+		return err
+	}
 	return a.check(ctx)
 }
 
