@@ -232,6 +232,12 @@ func TestLeasesGuardTheirProject(t *testing.T) {
 	wantCode(t, "moved to another tenant", err, codes.DataLoss, 0)
 	_, err = f.unwrap(id, dekContext("p1", "a"), []byte("x"))
 	wantCode(t, "no wrapped DEK", err, codes.DataLoss, 0)
+	for i := range deks[0].Wrapped[:6] { // format version, KEK version, nonce: permanent, whatever was changed
+		changed := bytes.Clone(deks[0].Wrapped)
+		changed[i] ^= 0x80
+		_, err = f.unwrap(id, dekContext("p1", "a"), changed)
+		wantCode(t, fmt.Sprintf("wrapped DEK with byte %d changed", i), err, codes.DataLoss, 0)
+	}
 }
 
 // eventually renews until what is wanted comes: the check interval must pass.

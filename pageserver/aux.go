@@ -20,6 +20,9 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]byte, error) {
 	case errors.Is(err, keyring.ErrRevoked), errors.Is(err, keyring.ErrUnreachable), errors.Is(err, seal.ErrWiped), ctx.Err() != nil:
 		return nil, asLookup(err)
 	}
-	f.b.log.Warn("a logical message claims to carry a file, and does not open", "error", err)
+	if !f.auxRefused { // once, or users could fill the log; without the error, which may quote what they wrote (K1)
+		f.auxRefused = true
+		f.b.log.Warn("a logical message claims to carry a file, and does not open under the project's key; this and more of them are passed over")
+	}
 	return nil, nil
 }

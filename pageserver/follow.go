@@ -85,6 +85,8 @@ type follower struct {
 	rec     walrec.Record
 	plain   []byte
 	refused int
+	// auxRefused tells that a message of somebody else's was seen.
+	auxRefused bool
 }
 
 // ingest follows the WAL from where the timeline ends.

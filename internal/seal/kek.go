@@ -71,13 +71,15 @@ func (k *KEK) Wrap(version uint32, c Context, dek []byte) ([]byte, error) {
 	return wrapped, nil
 }
 
-// KEKVersion tells which version of the KEK wrapped a DEK.
+// KEKVersion tells which version of the KEK wrapped a DEK. Whatever else it is given is
+// ErrDamaged: users can put bytes of their own where a wrapped DEK is looked for (auxfile), and
+// an error that says "try again" would be repeated for ever.
 func KEKVersion(wrapped []byte) (uint32, error) {
 	if len(wrapped) != WrappedSize {
 		return 0, fmt.Errorf("%w: wrapped DEK has %d bytes, want %d", ErrDamaged, len(wrapped), WrappedSize)
 	}
 	if wrapped[0] != wrapVersion {
-		return 0, fmt.Errorf("wrapped DEK has format version %d, this program reads version %d", wrapped[0], wrapVersion)
+		return 0, fmt.Errorf("%w: wrapped DEK has format version %d, this program reads version %d", ErrDamaged, wrapped[0], wrapVersion)
 	}
 	return binary.LittleEndian.Uint32(wrapped[1:]), nil
 }
