@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -153,6 +154,9 @@ func run(ctx context.Context) (err error) {
 				return err
 			}
 			b.report.failed(m.name, err)
+			if b.holdfast != nil {
+				fmt.Fprintln(os.Stderr, b.holdfast.Logs())
+			}
 			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", m.name, err)
 		}
 	}
@@ -166,7 +170,11 @@ func (b *bench) progress(format string, args ...any) {
 
 func (b *bench) start(ctx context.Context) error {
 	if !b.noHoldfast {
-		c, err := cluster.New(cluster.Options{Dir: b.dir, Separate: true, Settings: b.settings(), CacheBytes: b.cacheBytes})
+		dir := filepath.Join(b.dir, "holdfast") // of its own: the end of a cluster is that nothing runs there
+		if err := os.Mkdir(dir, 0o711); err != nil {
+			return err
+		}
+		c, err := cluster.New(cluster.Options{Dir: dir, Separate: true, Settings: b.settings(), CacheBytes: b.cacheBytes})
 		if err != nil {
 			return err
 		}
