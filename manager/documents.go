@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 
 	"github.com/holdfastdb/holdfast/internal/blob"
 )
@@ -69,7 +70,39 @@ func loadCluster(ctx context.Context, store blob.Store) (*cluster, blob.ETag, er
 	if c.Version != documentVersion {
 		return nil, "", fmt.Errorf("document %s has version %d, this program knows %d", clusterKey, c.Version, documentVersion)
 	}
+	if err := c.check(); err != nil {
+		return nil, "", fmt.Errorf("document %s in the bucket is damaged: %w", clusterKey, err)
+	}
 	return &c, tag, nil
+}
+
+// validName is what ids and names are made of. They become parts of paths below folders that are
+// emptied and deleted, and who can write to the bucket is not to choose which those are.
+var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+
+// check sees that names are names, and that what they refer to exists.
+func (c *cluster) check() error {
+	projects, branches, endpoints := map[string]bool{}, map[branchDoc]bool{}, map[string]bool{}
+	for _, p := range c.Projects {
+		if !validName.MatchString(p.ID) || projects[p.ID] {
+			return fmt.Errorf("project id %.80q is none, or there twice", p.ID)
+		}
+		projects[p.ID] = true
+	}
+	for _, b := range c.Branches {
+		id := branchDoc{ID: b.ID, Project: b.Project}
+		if !validName.MatchString(b.ID) || !validName.MatchString(b.Name) || !projects[b.Project] || branches[id] {
+			return fmt.Errorf("branch %.80q, named %.80q: no id or name, of no project, or there twice", b.ID, b.Name)
+		}
+		branches[id] = true
+	}
+	for _, e := range c.Endpoints {
+		if !validName.MatchString(e.Name) || endpoints[e.Name] || !branches[branchDoc{ID: e.Branch, Project: e.Project}] {
+			return fmt.Errorf("endpoint %.80q: no name, there twice, or of no branch", e.Name)
+		}
+		endpoints[e.Name] = true
+	}
+	return nil
 }
 
 // casAttempts bounds how often a lost race is tried again.
