@@ -2,7 +2,10 @@
 // folder that only this user may enter, or over loopback.
 //
 // Any other address is refused, in both directions: keys and plaintext pages travel on
-// these connections, and there is no mutual TLS yet (invariants K1 and A1).
+// these connections, and there is no mutual TLS yet (invariants K1 and A1). So it is the folder
+// that authorizes: who may enter it may ask every role for everything. On loopback that
+// is every process of the machine: such addresses are for machines, or network namespaces, on
+// which nothing else runs.
 package rpc
 
 import (
@@ -12,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -42,11 +46,8 @@ func Listen(addr string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("socket path %s has %d bytes, the most the kernel takes is %d: use a shorter data directory", path, len(path), maxSocketPath)
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("making the folder of socket %s: %w", path, err)
-	}
-	if err := os.Chmod(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("closing the folder of socket %s to other users: %w", path, err)
+	if err := makePrivate(filepath.Dir(path)); err != nil {
+		return nil, fmt.Errorf("folder of socket %s: %w", path, err)
 	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		c.Close()
@@ -64,6 +65,24 @@ func Listen(addr string) (net.Listener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// makePrivate makes a folder that only this user may enter, or sees that it is one. One that is
+// there and is not is left as it is: it may be everybody's, as /tmp, or somebody else's, who could
+// put sockets of their own in the place of ours.
+func makePrivate(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	owner := st.Sys().(*syscall.Stat_t).Uid // what package os gives on Linux
+	if !st.IsDir() || st.Mode().Perm()&0o077 != 0 || int(owner) != os.Geteuid() {
+		return fmt.Errorf("%s (%v, of user %d) is no folder that only this user may enter: use a folder for sockets alone, of mode 700 and no symbolic link", dir, st.Mode(), owner)
+	}
+	return nil
 }
 
 func checkLoopback(addr string) error {

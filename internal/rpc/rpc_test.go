@@ -58,6 +58,59 @@ func TestSocketIsPrivateAndReplacedOnlyWhenStale(t *testing.T) {
 	}
 }
 
+// A folder that others may enter, or own, is refused and left as it is.
+func TestFolderOfSocketsIsPrivate(t *testing.T) {
+	dir := t.TempDir()
+	mine := filepath.Join(dir, "mine")
+	for path, mode := range map[string]os.FileMode{mine: 0o700, filepath.Join(dir, "open"): 0o755, filepath.Join(dir, "shared"): 0o777 | os.ModeSticky} {
+		if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(mine, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	refused := []string{"open", "shared", "link"}
+	if os.Geteuid() == 0 {
+		const nobody = 65534
+		if err := os.Mkdir(filepath.Join(dir, "theirs"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(filepath.Join(dir, "theirs"), nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+		refused = append(refused, "theirs")
+	}
+	for _, name := range refused {
+		path := filepath.Join(dir, name)
+		before, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l, err := Listen("unix:" + filepath.Join(path, "s")); err == nil || !strings.Contains(err.Error(), "mode 700") {
+			t.Errorf("%s: %v, want an error that says which folder is wanted", name, err)
+			if err == nil {
+				l.Close()
+			}
+		}
+		after, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if before.Mode() != after.Mode() {
+			t.Errorf("%s: its mode was changed from %v to %v", name, before.Mode(), after.Mode())
+		}
+	}
+	l, err := Listen("unix:" + filepath.Join(mine, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
+
 func TestDetailTravelsInAnError(t *testing.T) {
 	err := Error(codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_FENCED}, "branch %s", "b")
 	if got := Reason(fmt.Errorf("appending: %w", err)); got != pb.ErrorDetail_FENCED {
