@@ -63,6 +63,7 @@ func (c *Client) StartupState(ctx context.Context, lsn pg.LSN) (*pb.StartupState
 	return resp, nil
 }
 
+// exactly is for what must be as of one LSN: the state that a start is made from.
 func (c *Client) exactly(lsn pg.LSN) *pb.ReadPoint {
 	return &pb.ReadPoint{Project: c.project, Branch: c.branch, Lsn: uint64(lsn)}
 }
@@ -75,6 +76,12 @@ func (c *Client) atLeast(lsn pg.LSN) *pb.ReadPoint {
 func (c *Client) At(lsn pg.LSN) *Remote { return &Remote{client: c, start: lsn} }
 
 // Remote implements pgfs.Remote.
+//
+// Folders and status pages are asked for when Postgres first looks at them, which may be long
+// after the start, when the start itself is older than the history that is kept. They are
+// read as of now: this compute is the branch's only writer, and what it has not looked at yet
+// it has not changed, but for status pages whose WAL is a step ahead of them, which then
+// take the same change twice, as in recovery.
 type Remote struct {
 	client *Client
 	start  pg.LSN
@@ -93,9 +100,9 @@ func (r *Remote) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber,
 	return pages, nil
 }
 
-// SLRU gives pages of an SLRU area as of the start.
+// SLRU gives pages of an SLRU area as of the start or later.
 func (r *Remote) SLRU(ctx context.Context, kind pg.SLRUKind, page uint32, count int) ([]byte, error) {
-	pages, err := r.pages(ctx, &pb.GetPagesRequest{At: r.client.exactly(r.start), Slru: uint32(kind)}, page, count)
+	pages, err := r.pages(ctx, &pb.GetPagesRequest{At: r.client.atLeast(r.start), Slru: uint32(kind)}, page, count)
 	if err != nil {
 		return nil, r.lost(ctx, fmt.Errorf("reading %s, pages %d to %d, at %v: %w", kind.Dir(), page, int(page)+count-1, r.start, err))
 	}
@@ -133,11 +140,11 @@ func (r *Remote) pages(ctx context.Context, req *pb.GetPagesRequest, block uint3
 	return all, nil
 }
 
-// Relations lists the forks in a database's folder as of the start.
+// Relations lists the forks in a database's folder as of the start or later.
 func (r *Remote) Relations(ctx context.Context, tablespace, database pg.Oid) ([]pgfs.RelationSize, error) {
 	var resp *pb.ListRelationsResponse
 	err := r.client.call(ctx, "relations", func(ctx context.Context) (err error) {
-		resp, err = r.client.server.ListRelations(ctx, &pb.ListRelationsRequest{At: r.client.exactly(r.start),
+		resp, err = r.client.server.ListRelations(ctx, &pb.ListRelationsRequest{At: r.client.atLeast(r.start),
 			Tablespace: uint32(tablespace), Database: uint32(database)})
 		return err
 	})
@@ -155,11 +162,11 @@ func (r *Remote) Relations(ctx context.Context, tablespace, database pg.Oid) ([]
 	return sizes, nil
 }
 
-// SLRUPages lists the pages of an SLRU area as of the start.
+// SLRUPages lists the pages of an SLRU area as of the start or later.
 func (r *Remote) SLRUPages(ctx context.Context, kind pg.SLRUKind) ([]uint32, error) {
 	var resp *pb.ListSLRUResponse
 	err := r.client.call(ctx, "status pages", func(ctx context.Context) (err error) {
-		resp, err = r.client.server.ListSLRU(ctx, &pb.ListSLRURequest{At: r.client.exactly(r.start), Slru: uint32(kind)})
+		resp, err = r.client.server.ListSLRU(ctx, &pb.ListSLRURequest{At: r.client.atLeast(r.start), Slru: uint32(kind)})
 		return err
 	})
 	if err != nil {

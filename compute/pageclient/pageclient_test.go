@@ -74,8 +74,8 @@ func (s *server) GetPages(_ context.Context, r *pb.GetPagesRequest) (*pb.GetPage
 }
 
 func (s *server) ListRelations(_ context.Context, r *pb.ListRelationsRequest) (*pb.ListRelationsResponse, error) {
-	if r.At.Latest {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "want exactly the start")
+	if !r.At.Latest { // the start may be older than the history that is kept
+		return nil, rpc.Error(codes.FailedPrecondition, nil, "the LSN is older than the history that is kept")
 	}
 	return &pb.ListRelationsResponse{Relations: []*pb.RelationSize{{Relation: 1259, Fork: 1, Blocks: 3}}, Lsn: r.At.Lsn}, s.next()
 }

@@ -12,11 +12,13 @@ type Remote interface {
 	// Pages returns count blocks (fewer where the relation ends), as of an LSN that is at
 	// least atLeast. The slice is the caller's.
 	Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber, count int, atLeast pg.LSN) ([]byte, error)
-	// Relations lists the forks in a database's folder and their sizes as of the start.
+	// Relations lists the forks in a database's folder and their sizes, as of the start
+	// or later: the folder was not looked at before.
 	Relations(ctx context.Context, tablespace, database pg.Oid) ([]RelationSize, error)
-	// SLRUPages lists the pages of an SLRU area that exist as of the start, ascending.
+	// SLRUPages lists the pages of an SLRU area that exist as of the start or later,
+	// ascending.
 	SLRUPages(ctx context.Context, kind pg.SLRUKind) ([]uint32, error)
-	// SLRU returns count consecutive pages of an SLRU area as of the start.
+	// SLRU returns count consecutive pages of an SLRU area as of the start or later.
 	SLRU(ctx context.Context, kind pg.SLRUKind, page uint32, count int) ([]byte, error)
 }
 

@@ -279,3 +279,29 @@ func TestDisabledKeyShutsAndEnabledKeyOpens(t *testing.T) {
 		t.Errorf("the table holds %s rows, want 1000", got)
 	}
 }
+
+// An endpoint outlives the history window: what it looks at for the first time late, when
+// the page server no longer keeps the state that it started from, must still be there.
+func TestAnEndpointOutlivesTheHistoryWindow(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	c := start(t, ctx, map[string]string{"max_wal_size": "4GB"})
+	if err := c.Target().Exec(ctx, "CREATE DATABASE late", "CREATE TABLE w (v text)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Target().InDatabase("late").Exec(ctx, "CREATE TABLE l AS SELECT generate_series(1, 1000) AS i"); err != nil {
+		t.Fatal(err)
+	}
+	renew(t, ctx, c)
+	for range 9 { // 500 MiB of WAL
+		if err := c.Target().Exec(ctx, "INSERT INTO w SELECT repeat(md5(i::text), 60) FROM generate_series(1, 26000) i", "TRUNCATE w"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.Target().Exec(ctx, "CHECKPOINT", "VACUUM FREEZE pg_class"); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(ctx, c.Target().InDatabase("late"), "SELECT count(*) FROM l"); got != "1000" {
+		t.Errorf("a table that was not looked at since the start: %s", got)
+	}
+}
