@@ -3,6 +3,7 @@ package timeline
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 
@@ -54,6 +55,7 @@ func takeOver(ctx context.Context, cfg *Config) (*manifest, blob.ETag, error) {
 		}
 		m.Generation++
 		m.Revision++
+		m.Server = rand.Text()
 		data, err := m.encode()
 		if err != nil {
 			return nil, "", err

@@ -26,6 +26,9 @@ type manifest struct {
 	Branch  string `json:"branch"`
 	// Generation counts the servers that opened the branch; only the newest may write.
 	Generation uint64 `json:"generation"`
+	// Server is a random name of the server that opened the generation: two that open the
+	// branch at once must not write the same bytes, or both would find their own there.
+	Server string `json:"server,omitempty"`
 	// Revision counts the writes.
 	Revision uint64 `json:"revision"`
 	// Start is the LSN of the branch's first versions.
