@@ -146,16 +146,18 @@ func (r *ring) askLease(project, id string, limit time.Duration) (*pb.LeaseRespo
 	return resp, asked + time.Duration(resp.TtlMs)*time.Millisecond, nil
 }
 
-// callError puts a call's error in the terms of this package.
+// callError puts a call's error in the terms of this package. Only an answer that speaks of
+// the request itself is for good; all else says nothing of the key, and may pass: a branch that
+// took it for damage would stop.
 func callError(err error) error {
-	switch {
-	case rpc.Reason(err) == pb.ErrorDetail_KEY_REVOKED:
+	if rpc.Reason(err) == pb.ErrorDetail_KEY_REVOKED {
 		return fmt.Errorf("%w: %s", ErrRevoked, message(err))
-	case rpc.Reason(err) == pb.ErrorDetail_KEY_UNREACHABLE, status.Code(err) == codes.Unavailable,
-		status.Code(err) == codes.DeadlineExceeded, status.Code(err) == codes.Canceled:
-		return fmt.Errorf("%w: %s", ErrUnreachable, message(err))
 	}
-	return fmt.Errorf("key manager: %w", err)
+	switch status.Code(err) {
+	case codes.InvalidArgument, codes.NotFound, codes.DataLoss, codes.PermissionDenied, codes.Unimplemented:
+		return fmt.Errorf("key manager: %w", err)
+	}
+	return fmt.Errorf("%w: %s", ErrUnreachable, message(err))
 }
 
 func message(err error) string {

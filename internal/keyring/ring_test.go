@@ -269,6 +269,26 @@ func TestRestartedKeyManagerCostsNoKeys(t *testing.T) {
 	}
 }
 
+// TestLeaseThatEndsAgain: each new lease is gone again before the key is given out, as when
+// a denial comes in between. That is no news of the key, and must not look like damage.
+func TestLeaseThatEndsAgain(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	_, wrapped := mustGenerate(t, r, 1)
+	f.set(func(f *fakeManager) {
+		f.onUnwrap = func() { f.set(func(f *fakeManager) { clear(f.leases) }) }
+	})
+	if _, err := r.Open(t.Context(), object(1), wrapped); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("Open under leases that end: %v, want ErrUnreachable", err)
+	}
+	for _, code := range []codes.Code{codes.Internal, codes.Unknown, codes.ResourceExhausted} {
+		f.fail(rpc.Error(code, nil, "a failure on the way"))
+		if _, err := r.Open(t.Context(), object(1), wrapped); !errors.Is(err, ErrUnreachable) {
+			t.Errorf("Open when the call fails with %v: %v, want ErrUnreachable", code, err)
+		}
+	}
+}
+
 func TestConcurrentRequestsShareCalls(t *testing.T) {
 	f := newFake(t)
 	r := newRing(t, f)
