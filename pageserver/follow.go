@@ -101,6 +101,9 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 	err = b.source.Follow(ctx, from, f.take)
 	f.core.Wipe()
 	clear(f.plain[:cap(f.plain)])
+	if f.scanner != nil {
+		f.scanner.Wipe()
+	}
 	switch {
 	case err == nil:
 		return errors.New("the safekeepers ended the stream")

@@ -149,6 +149,7 @@ func (w *writer) receive(stream pb.Safekeeper_AppendServer, req *pb.AppendReques
 	epoch := req.GetEpoch()
 	for {
 		fresh, err := w.append(stream.Context(), epoch, pg.LSN(req.GetBeginLsn()), req.GetWal())
+		clear(req.GetWal()) // what is kept of it is sealed; the plaintext must not outlive the lease (K2)
 		if err != nil {
 			return err
 		}
@@ -225,6 +226,7 @@ func (w *writer) enter(epoch uint64) error {
 // scan makes sure that wal, which continues the log, is whole records, and tells their end.
 func (w *writer) scan(wal []byte) (pg.LSN, error) {
 	begin := w.tail
+	defer w.scanner.Wipe() // whole records were fed, or it is reset
 	w.scanner.Feed(wal)
 	for {
 		rec, ok, err := w.scanner.Next()

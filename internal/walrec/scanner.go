@@ -38,7 +38,7 @@ type RawRecord struct {
 
 // A Scanner splits a stream of WAL bytes into records. Feed copies what it is given; a
 // RawRecord's Data lies in the Scanner's own memory and is valid until the next call of
-// Feed, Next or Reset.
+// Feed, Next, Reset or Wipe.
 //
 // It remembers at most one unfinished record, in memory that grows with the bytes that
 // came and not with the length that the record claims. An error is final until Reset.
@@ -72,6 +72,7 @@ func NewScanner(start pg.LSN) *Scanner {
 // feeds again from there. If start is Pos, the next record's link to the one before it is
 // still checked.
 func (s *Scanner) Reset(start pg.LSN) {
+	s.Wipe()
 	prev := s.prev
 	if start != s.end {
 		prev = 0
@@ -81,6 +82,14 @@ func (s *Scanner) Reset(start pg.LSN) {
 	if start%8 != 0 || inPage != 0 && inPage < pg.WALPageHeaderSize(start.PageStart()) {
 		s.err = fmt.Errorf("WAL cannot be read from %v: no record begins there", start)
 	}
+}
+
+// Wipe zeroes the WAL that the scanner holds (K2), the last record's Data included. Where all that
+// was fed was given by Next, the stream may go on; else what was not is lost, and Reset is next.
+func (s *Scanner) Wipe() {
+	clear(s.buf)
+	clear(s.part)
+	s.buf, s.off = s.buf[:0], 0
 }
 
 // Pos is the end of the last complete record that Next gave, or the start.
@@ -93,8 +102,9 @@ func (s *Scanner) LastRecord() pg.LSN { return s.prev }
 // Feed appends bytes that continue the stream.
 func (s *Scanner) Feed(p []byte) {
 	if s.off > 0 {
-		s.buf = s.buf[:copy(s.buf, s.buf[s.off:])]
-		s.off = 0
+		n := copy(s.buf, s.buf[s.off:])
+		clear(s.buf[n:]) // nothing stays beyond what Wipe reaches
+		s.buf, s.off = s.buf[:n], 0
 	}
 	s.buf = append(s.buf, p...)
 }
@@ -209,6 +219,7 @@ func (s *Scanner) begin() (rec RawRecord, ok, whole bool) {
 	}
 	left := int(pg.WALPageSize - s.pos%pg.WALPageSize)
 	if int(n) > left {
+		clear(s.part)
 		if cap(s.part) > keepPart {
 			s.part = nil
 		}
