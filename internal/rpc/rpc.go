@@ -9,6 +9,7 @@
 package rpc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -41,7 +42,11 @@ func Listen(addr string) (net.Listener, error) {
 		if err := checkLoopback(addr); err != nil {
 			return nil, err
 		}
-		return net.Listen("tcp", addr)
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			return nil, err
+		}
+		return withInProcess(addr, l), nil
 	}
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("socket path %s has %d bytes, the most the kernel takes is %d: use a shorter data directory", path, len(path), maxSocketPath)
@@ -64,7 +69,7 @@ func Listen(addr string) (net.Listener, error) {
 		l.Close()
 		return nil, err
 	}
-	return l, nil
+	return withInProcess(addr, l), nil
 }
 
 // makePrivate makes a folder that only this user may enter, or sees that it is one. One that is
@@ -108,7 +113,9 @@ func Dial(addr string) (*grpc.ClientConn, error) {
 	cfg.Backoff.Multiplier = 1.6
 	cfg.Backoff.Jitter = 0.2
 	cfg.Backoff.MaxDelay = 500 * time.Millisecond
-	return grpc.NewClient(addr,
+	return grpc.NewClient("passthrough:///"+addr,
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return connect(ctx, addr) }),
+		grpc.WithAuthority("localhost"),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(cfg),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -118,5 +119,48 @@ func TestDetailTravelsInAnError(t *testing.T) {
 	}
 	if got := Reason(Error(codes.Internal, nil, "x")); got != pb.ErrorDetail_UNSPECIFIED {
 		t.Errorf("reason %v, want none", got)
+	}
+}
+
+// A process reaches its own listeners through memory, others through the socket, and a
+// listener that was closed through neither.
+func TestConnectionsWithinTheProcessUseMemory(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "run", "s")
+	l, err := Listen(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for network, dial := range map[string]func() (net.Conn, error){
+		"bufconn": func() (net.Conn, error) { return connect(t.Context(), addr) },
+		"unix":    func() (net.Conn, error) { return net.Dial("unix", strings.TrimPrefix(addr, "unix:")) },
+	} {
+		client, err := dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		server, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer server.Close()
+		if got := server.LocalAddr().Network(); got != network {
+			t.Errorf("the connection is of kind %q, want %q", got, network)
+		}
+		if _, err := client.Write([]byte("x")); err != nil {
+			t.Error(err)
+		}
+		var b [1]byte
+		if _, err := server.Read(b[:]); err != nil || b[0] != 'x' {
+			t.Errorf("read %q, %v", b, err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if c, err := connect(t.Context(), addr); err == nil {
+		c.Close()
+		t.Error("a closed listener took a connection")
 	}
 }
