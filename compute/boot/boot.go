@@ -83,7 +83,7 @@ func Make(in Input) (*Plan, error) {
 		return nil, fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
 	fillCheckPoint(&cp, p.Checkpoint, in.Now)
-	fillControl(control, cp, in.Settings.Parameters())
+	fillControl(control, cp)
 	rec := walrec.BuildCheckpointRecord(p.Checkpoint, pg.LSN(in.State.PrevRecordLsn), cp)
 	p.WAL, p.End = walrec.PlaceRecord(p.Begin, rec, control.SystemID)
 	p.Page = pagePrefix(p.Begin, control.SystemID)
@@ -126,15 +126,14 @@ func fillCheckPoint(cp *pg.CheckPoint, x pg.LSN, now time.Time) {
 	cp.OldestActiveXid = 0 // nothing runs at a shutdown
 }
 
-func fillControl(c *pg.ControlFile, cp pg.CheckPoint, par Parameters) {
+// fillControl leaves the parameters that pg_control repeats as WAL told them last: where the
+// settings differ now, Postgres says so with a PARAMETER_CHANGE record, without which the page
+// server would not know that commit timestamps are kept from here on.
+func fillControl(c *pg.ControlFile, cp pg.CheckPoint) {
 	c.State, c.Time = pg.DBShutdowned, cp.Time
 	c.CheckPoint, c.CheckPointCopy = cp.Redo, cp
 	c.UnloggedLSN = max(c.UnloggedLSN, firstNormalUnloggedLSN)
 	c.MinRecoveryPoint, c.MinRecoveryTLI, c.BackupStart, c.BackupEnd, c.BackupEndRequired = 0, 0, 0, 0, false
-	// The same as in the settings: else Postgres begins with a PARAMETER_CHANGE record.
-	c.WALLevel, c.WALLogHints, c.TrackCommitTS = par.WALLevel, par.WALLogHints, par.TrackCommitTS
-	c.MaxConnections, c.MaxWorkerProcesses, c.MaxWALSenders = par.MaxConnections, par.MaxWorkerProcesses, par.MaxWALSenders
-	c.MaxPreparedXacts, c.MaxLocksPerXact = par.MaxPreparedXacts, par.MaxLocksPerXact
 }
 
 // pagePrefix is what pg_wal shows of begin's page before begin: a header and zeros.

@@ -34,14 +34,6 @@ type Settings struct {
 	tls  *serverCert // nil: clients are on this machine
 }
 
-// Parameters are the settings that pg_control repeats.
-type Parameters struct {
-	WALLevel                                          uint32 // 1 replica, 2 logical
-	WALLogHints, TrackCommitTS                        bool
-	MaxConnections, MaxWorkerProcesses, MaxWALSenders uint32
-	MaxPreparedXacts, MaxLocksPerXact                 uint32
-}
-
 // defaults are settings that fit this storage, and that a user may change. Checkpoints are
 // cheap (no relation is synced) and nothing is ever replayed from them; what they bound is
 // the local WAL.
@@ -216,34 +208,6 @@ func (s *Settings) get(name, otherwise string) string {
 		}
 	}
 	return otherwise
-}
-
-// Parameters are the settings that pg_control repeats, as far as they can be told. One that
-// cannot costs a PARAMETER_CHANGE record at the start and nothing else.
-func (s *Settings) Parameters() Parameters {
-	number := func(name string, otherwise uint32) uint32 {
-		if n, err := strconv.ParseUint(s.get(name, ""), 10, 32); err == nil {
-			return uint32(n)
-		}
-		return otherwise
-	}
-	flag := func(name string) bool {
-		switch strings.ToLower(s.get(name, "off")) {
-		case "on", "true", "yes", "1":
-			return true
-		}
-		return false
-	}
-	p := Parameters{
-		WALLevel: 1, WALLogHints: flag("wal_log_hints"), TrackCommitTS: flag("track_commit_timestamp"),
-		MaxConnections: number("max_connections", 100), MaxWorkerProcesses: number("max_worker_processes", 8),
-		MaxWALSenders: number("max_wal_senders", 10), MaxPreparedXacts: number("max_prepared_transactions", 0),
-		MaxLocksPerXact: number("max_locks_per_transaction", 64),
-	}
-	if s.get("wal_level", "replica") == "logical" {
-		p.WALLevel = 2
-	}
-	return p
 }
 
 func isLoopback(host string) bool {
