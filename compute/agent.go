@@ -217,7 +217,7 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End), WAL: w, Aux: a.keepAux, StartLSN: a.epoch.End,
+	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End, a.epoch.Number), WAL: w, Aux: a.keepAux, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
 	if err != nil {
 		return errors.Join(err, store.Wipe())

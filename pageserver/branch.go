@@ -33,6 +33,9 @@ type branch struct {
 
 	complained string // last warning; owned by run
 
+	// epoch is the highest epoch of which anything may be in the timeline (W2).
+	epoch atomic.Uint64
+
 	// folded tells the ingest that free space map pages were made into images.
 	folded atomic.Bool
 
@@ -165,9 +168,11 @@ func (b *branch) session(ctx context.Context) (err error) {
 		err = errors.Join(err, opened.Close())
 	}()
 	tl.Store(opened)
-	if _, err := loadState(ctx, opened); err != nil {
+	state, err := loadState(ctx, opened)
+	if err != nil {
 		return err
 	}
+	b.enter(state.Epoch)
 	b.set(opened, nil, false)
 	b.complained = ""
 	ctx, cancel := context.WithCancel(ctx)
@@ -199,6 +204,16 @@ func (b *branch) session(ctx context.Context) (err error) {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(wait):
+		}
+	}
+}
+
+// enter notes that WAL of an epoch is about to show.
+func (b *branch) enter(epoch uint64) {
+	for {
+		have := b.epoch.Load()
+		if epoch <= have || b.epoch.CompareAndSwap(have, epoch) {
+			return
 		}
 	}
 }

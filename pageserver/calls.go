@@ -51,6 +51,12 @@ func (s *Server) at(ctx context.Context, p *pb.ReadPoint) (*reader, error) {
 	if p.GetLatest() {
 		lsn = tl.LastLSN()
 	}
+	// W2: a compute that was fenced and does not know it would take pages of its successor's
+	// WAL for its own. The epoch is known before its WAL shows, and looked at after the LSN.
+	if now := b.epoch.Load(); p.GetEpoch() != 0 && p.GetEpoch() < now {
+		return nil, rpc.Error(codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_FENCED},
+			"branch %s: epoch %d is fenced, WAL of epoch %d was ingested", p.GetBranch(), p.GetEpoch(), now)
+	}
 	return &reader{b, tl, lsn}, nil
 }
 

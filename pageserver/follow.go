@@ -142,6 +142,9 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 		}
 		return &damage{"opening " + what, err}
 	}
+	state := f.core.State()
+	state.Epoch = max(state.Epoch, c.Epoch)
+	f.b.enter(state.Epoch)
 	switch {
 	case f.scanner == nil: // the timeline may end inside a chunk: the records before are skipped
 		f.scanner = walrec.NewScanner(begin)

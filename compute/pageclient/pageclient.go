@@ -68,12 +68,10 @@ func (c *Client) exactly(lsn pg.LSN) *pb.ReadPoint {
 	return &pb.ReadPoint{Project: c.project, Branch: c.branch, Lsn: uint64(lsn)}
 }
 
-func (c *Client) atLeast(lsn pg.LSN) *pb.ReadPoint {
-	return &pb.ReadPoint{Project: c.project, Branch: c.branch, Lsn: uint64(lsn), Latest: true}
+// At is the branch for a compute that started at lsn, in an epoch.
+func (c *Client) At(lsn pg.LSN, epoch uint64) *Remote {
+	return &Remote{client: c, start: lsn, epoch: epoch}
 }
-
-// At is the branch for a compute that started at lsn.
-func (c *Client) At(lsn pg.LSN) *Remote { return &Remote{client: c, start: lsn} }
 
 // Remote implements pgfs.Remote.
 //
@@ -85,13 +83,20 @@ func (c *Client) At(lsn pg.LSN) *Remote { return &Remote{client: c, start: lsn} 
 type Remote struct {
 	client *Client
 	start  pg.LSN
+	epoch  uint64
+}
+
+// atLeast is for what only this compute changes. If a later one was started, its changes are
+// not to be seen: the page server refuses then (W2).
+func (r *Remote) atLeast(lsn pg.LSN) *pb.ReadPoint {
+	return &pb.ReadPoint{Project: r.client.project, Branch: r.client.branch, Lsn: uint64(lsn), Latest: true, Epoch: r.epoch}
 }
 
 var _ pgfs.Remote = (*Remote)(nil)
 
 // Pages gives blocks of a relation as of atLeast or later.
 func (r *Remote) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber, count int, atLeast pg.LSN) ([]byte, error) {
-	req := &pb.GetPagesRequest{At: r.client.atLeast(atLeast), Rel: &pb.RelFork{Tablespace: uint32(rel.Tablespace),
+	req := &pb.GetPagesRequest{At: r.atLeast(atLeast), Rel: &pb.RelFork{Tablespace: uint32(rel.Tablespace),
 		Database: uint32(rel.Database), Relation: uint32(rel.Relation), Fork: uint32(rel.Fork)}}
 	pages, err := r.pages(ctx, req, uint32(block), count)
 	if err != nil {
@@ -102,7 +107,7 @@ func (r *Remote) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber,
 
 // SLRU gives pages of an SLRU area as of the start or later.
 func (r *Remote) SLRU(ctx context.Context, kind pg.SLRUKind, page uint32, count int) ([]byte, error) {
-	pages, err := r.pages(ctx, &pb.GetPagesRequest{At: r.client.atLeast(r.start), Slru: uint32(kind)}, page, count)
+	pages, err := r.pages(ctx, &pb.GetPagesRequest{At: r.atLeast(r.start), Slru: uint32(kind)}, page, count)
 	if err != nil {
 		return nil, r.lost(ctx, fmt.Errorf("reading %s, pages %d to %d, at %v: %w", kind.Dir(), page, int(page)+count-1, r.start, err))
 	}
@@ -144,7 +149,7 @@ func (r *Remote) pages(ctx context.Context, req *pb.GetPagesRequest, block uint3
 func (r *Remote) Relations(ctx context.Context, tablespace, database pg.Oid) ([]pgfs.RelationSize, error) {
 	var resp *pb.ListRelationsResponse
 	err := r.client.call(ctx, "relations", func(ctx context.Context) (err error) {
-		resp, err = r.client.server.ListRelations(ctx, &pb.ListRelationsRequest{At: r.client.atLeast(r.start),
+		resp, err = r.client.server.ListRelations(ctx, &pb.ListRelationsRequest{At: r.atLeast(r.start),
 			Tablespace: uint32(tablespace), Database: uint32(database)})
 		return err
 	})
@@ -166,7 +171,7 @@ func (r *Remote) Relations(ctx context.Context, tablespace, database pg.Oid) ([]
 func (r *Remote) SLRUPages(ctx context.Context, kind pg.SLRUKind) ([]uint32, error) {
 	var resp *pb.ListSLRUResponse
 	err := r.client.call(ctx, "status pages", func(ctx context.Context) (err error) {
-		resp, err = r.client.server.ListSLRU(ctx, &pb.ListSLRURequest{At: r.client.atLeast(r.start), Slru: uint32(kind)})
+		resp, err = r.client.server.ListSLRU(ctx, &pb.ListSLRURequest{At: r.atLeast(r.start), Slru: uint32(kind)})
 		return err
 	})
 	if err != nil {
@@ -197,7 +202,7 @@ func judge(err error) verdict {
 	switch rpc.Reason(err) {
 	case pb.ErrorDetail_KEY_REVOKED, pb.ErrorDetail_KEY_UNREACHABLE:
 		return retry // K2: the end of this compute's lease ends the wait
-	case pb.ErrorDetail_UNSUPPORTED_RECORD, pb.ErrorDetail_BAD_WAL, pb.ErrorDetail_TRUNCATED:
+	case pb.ErrorDetail_UNSUPPORTED_RECORD, pb.ErrorDetail_BAD_WAL, pb.ErrorDetail_TRUNCATED, pb.ErrorDetail_FENCED:
 		return final
 	}
 	switch status.Code(err) {

@@ -108,7 +108,7 @@ func TestPages(t *testing.T) {
 	addr := "unix:" + filepath.Join(t.TempDir(), "run", "ps")
 	s := &server{}
 	defer serve(t, addr, s)()
-	r := client(t, addr).At(100)
+	r := client(t, addr).At(100, 7)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	pages, err := r.Pages(ctx, rel, 10, 280, 200) // more than one call may ask for, and ending in the middle
@@ -137,7 +137,7 @@ func TestRetries(t *testing.T) {
 	addr := "unix:" + filepath.Join(t.TempDir(), "run", "ps")
 	s := &server{}
 	stop := serve(t, addr, s)
-	r := client(t, addr).At(100)
+	r := client(t, addr).At(100, 7)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	detail := func(code codes.Code, reason pb.ErrorDetail_Reason) error {

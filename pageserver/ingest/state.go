@@ -13,7 +13,7 @@ import (
 // PostgreSQL's recovery does (xlog_redo and its kin). It is stored under
 // keyspace.Checkpoint.
 //
-//	version 1 | start of the last record 8 | offsets page made early 8 | pg_control 292 |
+//	version 2 | start of the last record 8 | offsets page made early 8 | epoch 8 | pg_control 292 |
 //	number of origins 4 | of each: number 2, remote LSN 8
 type State struct {
 	PrevRecord pg.LSN // where the last record begins: xl_prev of the next
@@ -23,12 +23,15 @@ type State struct {
 	// EarlyOffsets is the multixact offsets page that a CREATE_ID record of an older minor
 	// version made before its ZERO_OFF_PAGE record, which then must not zero it; or -1.
 	EarlyOffsets int64
+
+	// Epoch is the highest epoch of which WAL was ingested, or is about to be.
+	Epoch uint64
 }
 
 const (
-	stateVersion = 1
+	stateVersion = 2
 	controlBytes = 292 // of pg_control: data and CRC
-	stateFixed   = 1 + 8 + 8 + controlBytes + 4
+	stateFixed   = 1 + 8 + 8 + 8 + controlBytes + 4
 	originBytes  = 10
 )
 
@@ -40,6 +43,7 @@ func (s *State) Marshal() []byte {
 	b = append(b, stateVersion)
 	b = binary.LittleEndian.AppendUint64(b, uint64(s.PrevRecord))
 	b = binary.LittleEndian.AppendUint64(b, uint64(s.EarlyOffsets))
+	b = binary.LittleEndian.AppendUint64(b, s.Epoch)
 	b = append(b, s.Control.Marshal()[:controlBytes]...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(s.Origins)))
 	for _, n := range s.originNumbers() {
@@ -57,7 +61,7 @@ func ParseState(b []byte) (State, error) {
 	if b[0] != stateVersion {
 		return State{}, fmt.Errorf("branch state of version %d, want %d", b[0], stateVersion)
 	}
-	control, err := pg.ParseControlFile(b[17 : 17+controlBytes])
+	control, err := pg.ParseControlFile(b[25 : 25+controlBytes])
 	if err != nil {
 		return State{}, fmt.Errorf("branch state: %w", err)
 	}
@@ -67,7 +71,7 @@ func ParseState(b []byte) (State, error) {
 		return State{}, fmt.Errorf("branch state with %d bytes for %d replication origins", len(rest), n)
 	}
 	s := State{PrevRecord: pg.LSN(binary.LittleEndian.Uint64(b[1:])),
-		EarlyOffsets: int64(binary.LittleEndian.Uint64(b[9:])), Control: *control, Origins: make(map[uint16]pg.LSN, n)}
+		EarlyOffsets: int64(binary.LittleEndian.Uint64(b[9:])), Epoch: binary.LittleEndian.Uint64(b[17:]), Control: *control, Origins: make(map[uint16]pg.LSN, n)}
 	for ; len(rest) > 0; rest = rest[originBytes:] {
 		s.Origins[binary.LittleEndian.Uint16(rest)] = pg.LSN(binary.LittleEndian.Uint64(rest[2:]))
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
 	"github.com/holdfastdb/holdfast/test/stock"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
@@ -294,6 +295,52 @@ func TestImportEndsWhereTheNextRecordBegins(t *testing.T) {
 }
 
 func walPrev(data []byte) pg.LSN { return pg.LSN(le.Uint64(data[8:])) }
+
+// A compute that was fenced and has not heard of it must not read what its successor wrote,
+// also when the page server has started again since and that WAL comes no more (W2).
+func TestFencedComputeReadsNothingOfItsSuccessor(t *testing.T) {
+	w := imported(t)
+	w.end()
+	w.withTimeline(timeline.Config{FlushAge: 20 * time.Millisecond})
+	w.begin()
+	w.attach()
+	start := w.log.end
+	read := func(epoch uint64) error {
+		at := w.point(start, true)
+		at.Epoch = epoch
+		_, listErr := w.client.ListRelations(t.Context(), &pb.ListRelationsRequest{At: at, Tablespace: 1663, Database: 5})
+		if err := w.pgClass(t.Context(), at); status.Code(err) != status.Code(listErr) {
+			t.Errorf("reading a page: %v, listing relations: %v", err, listErr)
+		}
+		return listErr
+	}
+	if err := read(1); err != nil {
+		t.Fatal(err)
+	}
+	w.log.epoch = 2
+	w.log.feed(t, base.after, base.last)
+	check := func() {
+		t.Helper()
+		wantCode(t, read(1), codes.FailedPrecondition, pb.ErrorDetail_FENCED, "epoch 1", "epoch 2")
+		for _, epoch := range []uint64{0, 2, 3} {
+			if err := read(epoch); err != nil {
+				t.Errorf("epoch %d: %v", epoch, err)
+			}
+		}
+	}
+	w.wait(w.log.end)
+	check()
+	for isDurable := false; !isDurable; time.Sleep(10 * time.Millisecond) { // the test's time limit bounds it
+		w.log.mu.Lock()
+		isDurable = w.log.durable == w.log.end
+		w.log.mu.Unlock()
+	}
+	w.log.mu.Lock()
+	w.log.chunks = nil
+	w.log.mu.Unlock()
+	w.restart()
+	check()
+}
 
 // A crash after a layer is durable and before the safekeepers hear of it loses nothing.
 func TestCrashBetweenFlushAndReport(t *testing.T) {

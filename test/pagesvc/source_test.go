@@ -30,6 +30,7 @@ type wal struct {
 	durable pg.LSN        // as reported
 	bytes   int
 	first   []byte // the first chunk's plaintext
+	epoch   uint64 // of the chunks that are added
 	deaf    bool   // reports of durability are lost
 
 	// spoil damages the third chunk: what it returns is sealed instead, nil: nothing.
@@ -103,7 +104,7 @@ func (w *wal) add(t testing.TB, begin, end pg.LSN, plain []byte) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	c := &pb.SealedWAL{BeginLsn: uint64(begin), EndLsn: uint64(end), Object: "wal",
+	c := &pb.SealedWAL{BeginLsn: uint64(begin), EndLsn: uint64(end), Object: "wal", Epoch: w.epoch,
 		WrappedDek: wrapped, Counter: 1, Ciphertext: sealed}
 	if w.spoil != nil && len(w.chunks) == 2 {
 		if other := w.spoil(c, plain); other != nil {

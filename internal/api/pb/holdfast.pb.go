@@ -2234,6 +2234,7 @@ type ReadPoint struct {
 	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
 	Lsn           uint64                 `protobuf:"fixed64,3,opt,name=lsn,proto3" json:"lsn,omitempty"`      // wait until this much is ingested, then read
 	Latest        bool                   `protobuf:"varint,4,opt,name=latest,proto3" json:"latest,omitempty"` // true: read at the last ingested LSN; false: exactly at lsn
+	Epoch         uint64                 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`   // of the compute that reads: refused (FENCED) if WAL of a higher one was ingested; 0: no compute's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2294,6 +2295,13 @@ func (x *ReadPoint) GetLatest() bool {
 		return x.Latest
 	}
 	return false
+}
+
+func (x *ReadPoint) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type RelFork struct {
@@ -3736,12 +3744,13 @@ const file_holdfast_proto_rawDesc = "" +
 	"\rAttachRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
 	"\x06branch\x18\x02 \x01(\tR\x06branch\"\x10\n" +
-	"\x0eAttachResponse\"g\n" +
+	"\x0eAttachResponse\"}\n" +
 	"\tReadPoint\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
 	"\x06branch\x18\x02 \x01(\tR\x06branch\x12\x10\n" +
 	"\x03lsn\x18\x03 \x01(\x06R\x03lsn\x12\x16\n" +
-	"\x06latest\x18\x04 \x01(\bR\x06latest\"u\n" +
+	"\x06latest\x18\x04 \x01(\bR\x06latest\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\"u\n" +
 	"\aRelFork\x12\x1e\n" +
 	"\n" +
 	"tablespace\x18\x01 \x01(\rR\n" +
