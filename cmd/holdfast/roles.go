@@ -234,36 +234,34 @@ func newRoles() []*cobra.Command {
 		return cmd
 	}
 	return []*cobra.Command{
-		role("keymgr", "Run a key manager", func(_ context.Context, file string) (*service, error) {
-			var cfg config.Keymgr
-			if err := config.Load(file, &cfg); err != nil {
-				return nil, err
-			}
-			return startKeymgr(&cfg, newLogger())
-		}),
-		role("safekeeper", "Run one replica of the WAL", func(_ context.Context, file string) (*service, error) {
-			var cfg config.Safekeeper
-			if err := config.Load(file, &cfg); err != nil {
-				return nil, err
-			}
-			return startSafekeeper(&cfg, newLogger())
-		}),
-		role("pageserver", "Run a page server", func(_ context.Context, file string) (*service, error) {
-			var cfg config.Pageserver
-			if err := config.Load(file, &cfg); err != nil {
-				return nil, err
-			}
-			return startPageserver(&cfg, newLogger())
-		}),
-		role("manager", "Run the manager and its endpoints", func(ctx context.Context, file string) (*service, error) {
-			var cfg config.Manager
-			if err := config.Load(file, &cfg); err != nil {
-				return nil, err
-			}
-			s, _, err := startManager(ctx, &cfg, false, newLogger(), func(s string) { fmt.Fprintln(os.Stderr, s) })
+		role("keymgr", "Run a key manager", fromFile(func(_ context.Context, cfg *config.Keymgr) (*service, error) {
+			return startKeymgr(cfg, newLogger())
+		})),
+		role("safekeeper", "Run one replica of the WAL", fromFile(func(_ context.Context, cfg *config.Safekeeper) (*service, error) {
+			return startSafekeeper(cfg, newLogger())
+		})),
+		role("pageserver", "Run a page server", fromFile(func(_ context.Context, cfg *config.Pageserver) (*service, error) {
+			return startPageserver(cfg, newLogger())
+		})),
+		role("manager", "Run the manager and its endpoints", fromFile(func(ctx context.Context, cfg *config.Manager) (*service, error) {
+			s, _, err := startManager(ctx, cfg, false, newLogger(), func(s string) { fmt.Fprintln(os.Stderr, s) })
 			return s, err
-		}),
+		})),
 		newCompute(),
+	}
+}
+
+// fromFile starts a role with the configuration in a file.
+func fromFile[C any, P interface {
+	*C
+	Validate() error
+}](start func(context.Context, P) (*service, error)) func(context.Context, string) (*service, error) {
+	return func(ctx context.Context, file string) (*service, error) {
+		cfg := P(new(C))
+		if err := config.Load(file, cfg); err != nil {
+			return nil, err
+		}
+		return start(ctx, cfg)
 	}
 }
 

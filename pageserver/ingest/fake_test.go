@@ -18,7 +18,6 @@ var le = binary.LittleEndian
 // past is a branch's past in memory.
 type past struct {
 	versions map[keyspace.Key][]timeline.Value // in the order of putting
-	last     pg.LSN
 	staged   int
 	pageErr  error // what Page answers instead
 }

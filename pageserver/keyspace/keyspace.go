@@ -157,12 +157,6 @@ func DatabaseRange(kind Kind, tablespace, database pg.Oid) (from, to Key) {
 	return from, successor(from, 9)
 }
 
-// ForkRange is the half-open range of the pages of one fork.
-func ForkRange(tag pg.RelTag) (from, to Key) {
-	from = RelPage(tag, 0)
-	return from, successor(from, 14)
-}
-
 // successor is the least key greater than all keys that share k's first n bytes.
 func successor(k Key, n int) Key {
 	clear(k[n:])

@@ -33,8 +33,8 @@ func FSMLocation(heap pg.BlockNumber) (block pg.BlockNumber, slot int) {
 // false if rec does not make recovery look at this block's free space. blk is the
 // reference in rec whose page heapPage is.
 //
-// It depends on the heap page, so it is no part of Apply. The map is a hint: a
-// stale one costs time or space, never correctness.
+// It is what a standby does, for tests that compare with one. The page server does
+// better (package pageread); it needs FreeSpaceBlock only.
 func FreeSpaceAfter(rec *walrec.Record, blk *walrec.Block, heapPage []byte) (free int, ok bool) {
 	if len(heapPage) != pg.BlockSize || blk == nil || blk.Rel.Fork != pg.MainFork || page(heapPage).sane() != nil {
 		return 0, false

@@ -15,9 +15,6 @@ const (
 
 	maxHeapTuples    = (8192 - headerSize) / (24 + itemIDSize) // MaxHeapTuplesPerPage, 291
 	maxHeapTupleSize = 8192 - 32                               // MaxHeapTupleSize
-
-	// xl_heap_header: t_infomask2, t_infomask, t_hoff.
-	sizeOfHeapHeader = 5
 )
 
 // t_infomask and t_infomask2 bits.

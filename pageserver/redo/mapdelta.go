@@ -37,7 +37,7 @@ func HeapFreeSpace(p []byte) int {
 }
 
 // FreeSpaceBlock is the heap block whose free space recovery may look at after rec, to store
-// it in the free space map; nil if there is none. FreeSpaceAfter tells what it stores.
+// it in the free space map; nil if there is none.
 func FreeSpaceBlock(rec *walrec.Record) *walrec.Block {
 	kind := rec.Info & heapOpMask
 	switch {

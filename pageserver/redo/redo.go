@@ -6,8 +6,9 @@
 //
 // A record changes the blocks it names, and some pages it does not name: the
 // visibility map (ImpliedVM), the transaction status and multixact areas
-// (SLRUPages), the free space map (FreeSpaceAfter: a hint, kept apart since its
-// value depends on another page). There is one file per resource manager and one
+// (SLRUPages), the free space map (FreeSpaceBlock: a hint, kept apart since its
+// value depends on another page; package pageread takes it from there when the map
+// is read). There is one file per resource manager and one
 // table of them; index kinds without an entry yet give an *UnsupportedError unless
 // the record carries the whole page.
 //

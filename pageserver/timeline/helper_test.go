@@ -199,15 +199,6 @@ func newModel() *model {
 	return &model{versions: make(map[keyspace.Key][]Value), last: testStart}
 }
 
-func (m *model) clone() *model {
-	c := newModel()
-	c.last = m.last
-	for k, v := range m.versions {
-		c.versions[k] = slices.Clone(v)
-	}
-	return c
-}
-
 // forget drops what is above lsn, as a crash does.
 func (m *model) forget(lsn pg.LSN) {
 	m.last = lsn

@@ -83,7 +83,7 @@ func (c *Command) Encode(dst []byte) []byte {
 		dst = le.AppendUint32(dst, c.Branch)
 		return appendField(dst, c.Node)
 	case KindAppend:
-		dst = c.EncodeAppendHeader(dst)
+		dst = c.encodeAppendHeader(dst)
 		return append(dst, c.Ciphertext...)
 	case KindDurable:
 		dst = le.AppendUint32(dst, c.Branch)
@@ -103,11 +103,11 @@ func (c *Command) AppendPrefix(extra int) []byte {
 	dst := make([]byte, 0, appendOverhead+len(c.Object)+len(c.WrappedDEK)+extra)
 	dst = append(dst, byte(KindAppend))
 	dst = le.AppendUint64(dst, c.ID)
-	return c.EncodeAppendHeader(dst)
+	return c.encodeAppendHeader(dst)
 }
 
-// EncodeAppendHeader appends an Append command's fields, up to the ciphertext.
-func (c *Command) EncodeAppendHeader(dst []byte) []byte {
+// encodeAppendHeader appends an Append command's fields, up to the ciphertext.
+func (c *Command) encodeAppendHeader(dst []byte) []byte {
 	dst = le.AppendUint32(dst, c.Branch)
 	dst = le.AppendUint64(dst, c.Epoch)
 	dst = le.AppendUint64(dst, uint64(c.Begin))
