@@ -91,6 +91,9 @@ func (s *Server) document(ctx context.Context, p *projectKeys, again bool) (*doc
 		return doc, nil
 	}
 	doc, err := loadDocument(ctx, s.cfg.BlobStore, p.name)
+	if err == nil {
+		err = s.allowed(p.name, doc.CMK)
+	}
 	if err != nil {
 		return nil, err
 	}

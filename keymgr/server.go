@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,9 +23,13 @@ import (
 
 // Config configures a Server.
 type Config struct {
-	Dir           string        // of the audit log; it must exist
-	BlobStore     blob.Store    // keeps the wrapped KEKs
-	Provider      Provider      // holds the CMKs
+	Dir       string     // of the audit log; it must exist
+	BlobStore blob.Store // keeps the wrapped KEKs
+	Provider  Provider   // holds the CMKs
+	// CMKs are the only CMKs that projects may have; empty: any. Which one a project has is told by
+	// an object in the bucket, and who can write to the bucket is not to choose under whose key
+	// data is sealed from then on (K3).
+	CMKs          []string
 	CheckInterval time.Duration // how old the last good check of a CMK may be; 0: 5 s
 	LeaseTTL      time.Duration // how long a node may hold DEKs unrenewed; 0: 10 s
 	Logger        *slog.Logger  // nil: none
@@ -195,6 +200,9 @@ func (s *Server) CreateProject(ctx context.Context, req *pb.CreateProjectRequest
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	if err := s.allowed(req.Project, req.Cmk); err != nil {
+		return nil, err
+	}
 	doc, err := loadDocument(ctx, s.cfg.BlobStore, req.Project)
 	if errors.Is(err, blob.ErrNotFound) {
 		doc, err = s.newProject(ctx, req.Project, req.Cmk)
@@ -206,6 +214,14 @@ func (s *Server) CreateProject(ctx context.Context, req *pb.CreateProjectRequest
 		return nil, rpc.Error(codes.FailedPrecondition, nil, "project %s exists under CMK %s, not %s", req.Project, doc.CMK, req.Cmk)
 	}
 	return &pb.CreateProjectResponse{KekVersion: doc.Current}, nil
+}
+
+// allowed refuses a CMK that the configuration does not list.
+func (s *Server) allowed(project, cmk string) error {
+	if len(s.cfg.CMKs) == 0 || slices.Contains(s.cfg.CMKs, cmk) {
+		return nil
+	}
+	return rpc.Error(codes.PermissionDenied, nil, "project %s under CMK %.200q: this key manager's configuration does not list that CMK", project, cmk)
 }
 
 func (s *Server) newProject(ctx context.Context, project, cmk string) (*document, error) {

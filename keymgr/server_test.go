@@ -3,10 +3,13 @@ package keymgr_test
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -411,6 +414,54 @@ func TestFailsClosedWithoutAuditLog(t *testing.T) {
 		t.Error(err)
 	}
 	f.audit()
+}
+
+// Who can write to the bucket puts a project under a key of their own, with a KEK that they know.
+func TestSwappedCMKIsRefused(t *testing.T) {
+	f := newFixture(t)
+	f.create("p1")
+	const key = "projects/p1/keys.json"
+	ours, _, err := f.bucket.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.srv.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.kms.Create("theirs"); err != nil {
+		t.Fatal(err)
+	}
+	ec := keymgr.EncryptionContext{Project: "p1", KEKVersion: 1}
+	sum := sha256.Sum256(ec.AAD())
+	known := bytes.Repeat([]byte{7}, 32)
+	w, err := f.kms.Wrap(t.Context(), "theirs", ec, slices.Concat([]byte{1}, sum[:], known))
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged, err := json.Marshal(map[string]any{"format": 1, "project": "p1", "cmk": "theirs", "current": 1,
+		"keks": []any{map[string]any{"version": 1, "wrapped": w.Ciphertext, "cmk_version": "1"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(data []byte) {
+		t.Helper()
+		if err := f.bucket.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		blobtest.Put(t, f.bucket, key, string(data))
+	}
+	f.srv, err = keymgr.New(keymgr.Config{Dir: f.auditDir(), BlobStore: f.bucket, Provider: f.kms, CMKs: []string{"dev"}, CheckInterval: checkInterval, LeaseTTL: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.srv.CreateProject(t.Context(), &pb.CreateProjectRequest{Project: "p2", Cmk: "theirs"})
+	wantCode(t, "a project under another CMK", err, codes.PermissionDenied, 0)
+	f.mustLease("p1")
+	put(forged) // under a key manager that runs: noticed at the next check
+	f.eventually("refusal", func() bool { _, err = f.lease("p1", ""); return err != nil && strings.Contains(err.Error(), "theirs") })
+	wantCode(t, "the CMK was swapped", err, codes.PermissionDenied, 0)
+	put(ours)
+	f.mustLease("p1")
 }
 
 func TestBadConfig(t *testing.T) {

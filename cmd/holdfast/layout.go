@@ -76,7 +76,7 @@ func (l layout) safekeeperAddrs() []string {
 }
 
 func (l layout) keymgrConfig() *config.Keymgr {
-	return &config.Keymgr{Listen: l.socket("keymgr"), Dir: l.path("keymgr"), Bucket: l.bucket(), LocalKMS: l.localKMS()}
+	return &config.Keymgr{Listen: l.socket("keymgr"), Dir: l.path("keymgr"), Bucket: l.bucket(), LocalKMS: l.localKMS(), CMKs: []string{cmk}}
 }
 
 func (l layout) safekeeperConfig(id uint64) *config.Safekeeper {

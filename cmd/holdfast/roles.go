@@ -111,7 +111,7 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	srv, err := keymgr.New(keymgr.Config{Dir: cfg.Dir, BlobStore: store, Provider: provider,
+	srv, err := keymgr.New(keymgr.Config{Dir: cfg.Dir, BlobStore: store, Provider: provider, CMKs: cfg.CMKs,
 		CheckInterval: cfg.CheckInterval, LeaseTTL: cfg.LeaseTTL, Logger: log.With("role", "keymgr")})
 	if err != nil {
 		return nil, err

@@ -20,6 +20,7 @@ type Keymgr struct {
 	Dir           string        `yaml:"dir"`            // the audit log's folder
 	Bucket        string        `yaml:"bucket"`         // folder of the directory bucket
 	LocalKMS      string        `yaml:"local_kms"`      // file of the development KMS
+	CMKs          []string      `yaml:"cmks"`           // the only keys of the KMS that projects may have; empty: any
 	CheckInterval time.Duration `yaml:"check_interval"` // how often the CMK is tried; 0: 5s
 	LeaseTTL      time.Duration `yaml:"lease_ttl"`      // how long a node may hold DEKs unrenewed; 0: 10s
 }
