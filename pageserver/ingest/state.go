@@ -55,11 +55,11 @@ func (s *State) Marshal() []byte {
 
 // ParseState reads the stored form.
 func ParseState(b []byte) (State, error) {
+	if len(b) > 0 && b[0] != stateVersion { // first: each version has a length of its own
+		return State{}, fmt.Errorf("branch state of version %d, this program reads version %d", b[0], stateVersion)
+	}
 	if len(b) < stateFixed {
 		return State{}, fmt.Errorf("branch state of %d bytes, want at least %d", len(b), stateFixed)
-	}
-	if b[0] != stateVersion {
-		return State{}, fmt.Errorf("branch state of version %d, want %d", b[0], stateVersion)
 	}
 	control, err := pg.ParseControlFile(b[25 : 25+controlBytes])
 	if err != nil {
