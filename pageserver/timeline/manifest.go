@@ -18,9 +18,9 @@ import (
 
 // A manifest is the list of a branch's layers that count: one JSON document, after a line
 // that names the format and has the SHA-256 of the rest. It tells nothing of the data but which
-// keys and LSNs exist. The sum finds damage; who can write to the bucket can still put
-// an older manifest in its place, which the safekeepers' own record of what is durable must
-// then contradict.
+// keys and LSNs exist. The sum finds damage, and no forger: who can write to the bucket can
+// leave layers out (docs/decisions/0008), or put an older manifest in its place, which the
+// safekeepers contradict: the WAL that has to follow it is gone there.
 type manifest struct {
 	Project string `json:"project"`
 	Branch  string `json:"branch"`
