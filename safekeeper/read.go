@@ -23,6 +23,11 @@ const (
 	readBytes  = 1 << 20
 	readChunks = 4096
 
+	// gather is how long what is committed waits for more to go with it. A reader that follows
+	// small commits is woken this often at most, which leaves the processors to the commits;
+	// a page that is asked for at the log's end waits this long at most.
+	gather = 5 * time.Millisecond
+
 	// leaderless is how often a reader's call checks that the group has a leader.
 	leaderless = 3 * time.Second
 )
@@ -53,6 +58,11 @@ func (s *Server) Read(req *pb.ReadRequest, stream pb.Safekeeper_ReadServer) erro
 		}
 		if r.until != 0 && r.at >= r.until {
 			return nil
+		}
+		select {
+		case <-time.After(gather):
+		case <-stream.Context().Done():
+			return status.FromContextError(stream.Context().Err()).Err()
 		}
 		select {
 		case <-sub.C:
