@@ -61,13 +61,13 @@ func (b *bench) sealingShare(ctx context.Context) error {
 	if err != nil || len(files) == 0 {
 		return fmt.Errorf("no profiles in %s: %w", b.profileDir(), err)
 	}
-	out, err := exec.CommandContext(ctx, "go", append([]string{"tool", "pprof", "-top", "-nodecount=100000"}, files...)...).Output()
+	out, err := exec.CommandContext(ctx, "go", append([]string{"tool", "pprof", "-top", "-nodecount=100000", "-nodefraction=0"}, files...)...).Output()
 	if err != nil {
 		return fmt.Errorf("go tool pprof: %w", err)
 	}
 	var spent float64
 	for line := range strings.Lines(string(out)) {
-		m := profiled.FindStringSubmatch(line)
+		m := profiled.FindStringSubmatch(strings.TrimRight(line, "\n"))
 		if m == nil || !sealing.MatchString(m[3]) {
 			continue
 		}
@@ -76,6 +76,9 @@ func (b *bench) sealingShare(ctx context.Context) error {
 			return err
 		}
 		spent += v * map[string]float64{"us": 1e-6, "ms": 1e-3, "s": 1, "mins": 60}[m[2]]
+	}
+	if spent == 0 {
+		return fmt.Errorf("no time in AES-GCM was found in the profiles %v", files)
 	}
 	b.report.add(row{what: "sealing's share of the machine's CPU", unit: "%", target: 3, atMost: true,
 		values: map[string]float64{"holdfast": 100 * spent / (took * float64(runtime.NumCPU()))}})

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -254,64 +256,65 @@ func firstOf(errs ...error) error {
 	return nil
 }
 
-// written is what each role has written to disk, in bytes, and how much WAL there was.
-type written struct {
-	lsn   pg.LSN
-	bytes map[string]uint64
-}
+// written gathers what runs wrote to the disk, and how much WAL they made, by system. The
+// other systems are idle meanwhile. The kernel's count for a process (/proc/PID/io) will not do:
+// it counts a large folio whole for each byte that is changed in it.
+type written struct{ disk, wal map[string]float64 }
 
-// writtenNow asks the kernel what each of Holdfast's processes has written.
-func (b *bench) writtenNow(ctx context.Context) (written, error) {
-	w := written{bytes: make(map[string]uint64)}
-	if b.holdfast == nil {
-		return w, nil
-	}
-	var err error
-	if w.lsn, err = lsn(ctx, b.holdfast.Target()); err != nil {
-		return w, err
-	}
-	st, err := b.holdfast.Status(ctx)
-	if err != nil {
-		return w, err
-	}
-	pids := map[string]int{}
-	for _, role := range cluster.Roles() {
-		pids[role] = b.holdfast.PID(role)
-	}
-	for _, e := range st.Endpoints {
-		pids["compute"], _ = strconv.Atoi(e.PID)
-	}
-	for role, pid := range pids {
-		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
-		if err != nil {
-			return w, err
-		}
-		for line := range strings.Lines(string(data)) {
-			if v, ok := strings.CutPrefix(line, "write_bytes: "); ok {
-				n, err := strconv.ParseUint(strings.TrimSpace(v), 10, 64)
-				if err != nil {
-					return w, err
-				}
-				w.bytes[role] += n
-			}
-		}
-	}
-	return w, nil
-}
-
-func (b *bench) reportWritten(ctx context.Context, before written) error {
-	if b.holdfast == nil {
-		return nil
-	}
-	after, err := b.writtenNow(ctx)
+// during runs fn and adds what the system wrote.
+func (w *written) during(ctx context.Context, dir string, s system, fn func() error) error {
+	lsn0, err := lsn(ctx, s.target)
 	if err != nil {
 		return err
 	}
-	wal := float64(after.lsn - before.lsn)
-	b.progress("TPC-B made %.0f MiB of WAL", wal/(1<<20))
-	for _, role := range append(cluster.Roles(), "compute") {
-		b.report.add(row{what: "written per byte of WAL, " + role, unit: "B/B",
-			values: map[string]float64{"holdfast": float64(after.bytes[role]-before.bytes[role]) / wal}})
+	disk0, err := diskWritten(dir)
+	if err != nil {
+		return err
 	}
+	if err := fn(); err != nil {
+		return err
+	}
+	disk1, err := diskWritten(dir)
+	if err != nil {
+		return err
+	}
+	lsn1, err := lsn(ctx, s.target)
+	if err != nil {
+		return err
+	}
+	w.disk[s.name] += float64(disk1 - disk0)
+	w.wal[s.name] += float64(lsn1 - lsn0)
 	return nil
+}
+
+// ratio is bytes on the disk per byte of WAL.
+func (w *written) ratio() map[string]float64 {
+	r := make(map[string]float64)
+	for name, wal := range w.wal {
+		if wal > 0 {
+			r[name] = w.disk[name] / wal
+		}
+	}
+	return r
+}
+
+// diskWritten is how many bytes were written to the disk that holds dir since the machine's
+// start.
+func diskWritten(dir string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return 0, err
+	}
+	file := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev))
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	const sectorsWritten, sectorSize = 6, 512 // Documentation/block/stat.rst
+	f := strings.Fields(string(data))
+	if len(f) <= sectorsWritten {
+		return 0, fmt.Errorf("%s has %d fields", file, len(f))
+	}
+	sectors, err := strconv.ParseUint(f[sectorsWritten], 10, 64)
+	return sectors * sectorSize, err
 }
