@@ -200,7 +200,7 @@ const helperMount = "HOLDFAST_TEST_MOUNT"
 func TestHelperAgent(t *testing.T) {
 	point := os.Getenv(helperMount)
 	if point == "" {
-		t.Skip("run by another test only")
+		return
 	}
 	fs := mounted(t, Config{Mountpoint: point})
 	child := exec.Command("sleep", "1000")

@@ -176,7 +176,10 @@ func (g *Group) publishStatus() {
 
 // write owns the writing side of the log.
 func (g *Group) write() {
+	// Until there is something to write the store is not this goroutine's: before Raft runs,
+	// the one that joins the group writes to it (spendVotes).
 	idle := time.NewTimer(quiet)
+	idle.Stop()
 	defer idle.Stop()
 	var kicked bool
 	for {
