@@ -263,7 +263,7 @@ func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
 func (a *agent) keepAux(ctx context.Context, path string, content []byte) error {
 	p := a.serving.Load()
 	if p == nil {
-		return errors.New("Postgres is not running")
+		return errors.New("the endpoint's Postgres is not running")
 	}
 	sealed, err := auxfile.Seal(ctx, a.ring, a.cfg.Project, a.cfg.Branch, path, content)
 	if err != nil {
@@ -359,7 +359,7 @@ func (a *agent) end() error {
 	a.kill(errStopped) // if nothing else did
 	var errs []error
 	if a.postgres != nil && !a.postgres.kill() {
-		errs = append(errs, fmt.Errorf("Postgres (process %d) did not die within %v of SIGKILL", a.postgres.PID(), killWait))
+		errs = append(errs, fmt.Errorf("the endpoint's Postgres (process %d) did not die within %v of SIGKILL", a.postgres.PID(), killWait))
 	}
 	if a.fs != nil {
 		errs = append(errs, a.fs.Wipe(), a.fs.Unmount())

@@ -67,9 +67,9 @@ func (p *postgres) ended() error {
 		err = errors.New("exit status 0")
 	}
 	if said := p.log.Startup(); said != "" {
-		return fmt.Errorf("Postgres ended before it took connections (%w); it said:\n%s", err, said)
+		return fmt.Errorf("the server ended before it took connections (%w); it said:\n%s", err, said)
 	}
-	return fmt.Errorf("Postgres ended: %w", err)
+	return fmt.Errorf("the server ended: %w", err)
 }
 
 // stop shuts Postgres down in order, then with less and less of it. cut ends the patience.
@@ -141,7 +141,7 @@ func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, er
 
 // awaitReady waits until Postgres answers a query.
 func (p *postgres) awaitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("Postgres did not answer within %v", readyTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("the server did not answer within %v", readyTimeout))
 	defer cancel()
 	var last error
 	for {

@@ -137,7 +137,7 @@ func (s *Summary) next(line []byte) error {
 		s.anyStart, s.LastSeq, s.LastHash = false, e.Seq-1, e.Prev
 	}
 	if e.Seq != s.LastSeq+1 || e.Prev != s.LastHash {
-		return fmt.Errorf("the chain is broken: event %d after hash %.16s..., want event %d after %.16s...", e.Seq, e.Prev, s.LastSeq+1, s.LastHash)
+		return fmt.Errorf("the chain is broken: event %d after hash %.16s, want event %d after %.16s", e.Seq, e.Prev, s.LastSeq+1, s.LastHash)
 	}
 	s.Events++
 	s.LastSeq, s.LastHash = e.Seq, hash

@@ -88,14 +88,12 @@ func relationFS(t testing.TB, h *history, wal *fakeWAL) *FS {
 
 func TestRelationsShowAsFiles(t *testing.T) {
 	h := newHistory()
-	for _, s := range []RelationSize{
+	h.sizes = append(h.sizes, []RelationSize{
 		{tagOf(100, pg.MainFork), 3}, {tagOf(100, pg.VMFork), 1}, {tagOf(101, pg.MainFork), 0},
 		{tagOf(102, pg.MainFork), pg.RelSegmentBlocks + 7}, {tagOf(103, pg.MainFork), 9},
 		// An unlogged relation: only its init fork counts.
 		{tagOf(200, pg.MainFork), 50}, {tagOf(200, pg.FSMFork), 3}, {tagOf(200, pg.InitFork), 2},
-	} {
-		h.sizes = append(h.sizes, s)
-	}
+	}...)
 	fs := relationFS(t, h, nil)
 	if err := fs.WriteFile("base/5/PG_VERSION", []byte("15\n")); err != nil {
 		t.Fatal(err)

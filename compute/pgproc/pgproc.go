@@ -64,7 +64,7 @@ func FindUser() (User, error) {
 	}
 	if u.Uid == "0" {
 		if u, err = user.Lookup(systemUser); err != nil {
-			return User{}, fmt.Errorf("Postgres refuses to run as root, and there is no user %s: install PostgreSQL 15, or make that user: %w", systemUser, err)
+			return User{}, fmt.Errorf("as root no Postgres runs, and there is no user %s: install PostgreSQL 15, or make that user: %w", systemUser, err)
 		}
 	}
 	uid, err := strconv.ParseUint(u.Uid, 10, 32)

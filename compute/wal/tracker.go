@@ -140,7 +140,7 @@ func (t *Tracker) compare(lsn pg.LSN, p []byte) error {
 		if !bytes.Equal(p[:n], t.before[lsn-beforeStart:][:n]) {
 			return fmt.Errorf("WAL between %v and %v was accepted and then rewritten with other bytes", lsn, lsn+pg.LSN(n))
 		}
-		lsn, p = lsn+pg.LSN(n), p[n:]
+		p = p[n:]
 	}
 	if !isZero(p) {
 		return fmt.Errorf("WAL was written between the switch record that ends at %v and the next segment at %v", t.beforeEnd, t.base)
