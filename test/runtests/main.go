@@ -148,7 +148,27 @@ func lastSaid(b *strings.Builder) string {
 	return ""
 }
 
+// unfinished lists the tests of failed packages that neither passed nor failed: they ran when
+// the package panicked or its time was up, and what they said tells where they hung.
+func (r *results) unfinished() []string {
+	known := make(map[string]bool)
+	for _, f := range r.failures {
+		known[f] = true
+	}
+	for _, s := range r.skips {
+		known[strings.SplitN(s, ":", 2)[0]] = true
+	}
+	var list []string
+	for key := range r.output {
+		if pkg, _, _ := strings.Cut(key, " "); r.broken[pkg] && !known[key] {
+			list = append(list, key)
+		}
+	}
+	return list
+}
+
 func (r *results) print(name string, strict bool, took time.Duration) {
+	r.failures = append(r.failures, r.unfinished()...)
 	sort.Strings(r.failures)
 	for _, f := range r.failures {
 		if b := r.output[f]; b != nil {

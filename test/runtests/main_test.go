@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -40,5 +41,19 @@ func TestOutcomesAreCounted(t *testing.T) {
 	}
 	if ok, err := run("unit", []string{"-count=1", "./..."}); err != nil || ok {
 		t.Errorf("what does not build passed: %v", err)
+	}
+	// What hung says where.
+	hung := "package x\n\nimport (\n\"testing\"\n\"time\"\n)\n\nfunc TestHung(t *testing.T) { t.Parallel(); time.Sleep(time.Hour) }\n"
+	if err := os.WriteFile(filepath.Join(dir, "bad_test.go"), []byte(hung), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := results{output: map[string]*strings.Builder{}, broken: map[string]bool{}}
+	r.add(event{Action: "output", Package: "p", Test: "TestHung", Output: "goroutine 7: here\n"})
+	r.add(event{Action: "fail", Package: "p"})
+	if got := r.unfinished(); len(got) != 1 || got[0] != "p TestHung" {
+		t.Errorf("unfinished: %v", got)
+	}
+	if ok, err := run("unit", []string{"-count=1", "-timeout", "1s", "./..."}); err != nil || ok {
+		t.Errorf("what hung passed: %v", err)
 	}
 }
