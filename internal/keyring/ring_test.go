@@ -304,7 +304,7 @@ func TestConcurrentRequestsShareCalls(t *testing.T) {
 		f.onUnwrap = func() { entered <- struct{}{}; <-gate }
 	})
 	var wg sync.WaitGroup
-	for i := range n {
+	open := func(i int) {
 		wg.Go(func() {
 			c, w, damaged := object(i), wrapped[i], i == 77
 			if damaged {
@@ -315,7 +315,11 @@ func TestConcurrentRequestsShareCalls(t *testing.T) {
 			}
 		})
 	}
-	<-entered
+	open(0)
+	<-entered // with this one alone
+	for i := 1; i < n; i++ {
+		open(i)
+	}
 	p, err := r.(*ring).project("p")
 	if err != nil {
 		t.Fatal(err)
