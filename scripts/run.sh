@@ -19,13 +19,13 @@ set -m
 up=$!
 set +m
 stop() {
-	trap '' INT TERM
+	trap '' INT TERM HUP
 	kill -TERM "$up" 2>/dev/null || true
 	wait "$up" 2>/dev/null || true
 	rm -f "$said"
 }
 trap stop EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM HUP
 
 ready=
 while IFS= read -r line; do
