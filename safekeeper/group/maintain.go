@@ -172,12 +172,10 @@ func (g *Group) archive(branch uint32, name walstate.Name, from, to pg.LSN) erro
 	return nil
 }
 
-// dropArchived deletes objects that the page server has made superfluous. The index has
-// dropped them already: one that stays because this fails is waste and no harm.
+// dropArchived deletes objects that the branch's durable LSN has passed, which no later
+// command can bring back. Every replica does: one that only the leader deleted would stay for
+// ever if the leadership ended just then, and deleting what is gone is no error.
 func (g *Group) dropArchived(name walstate.Name, gone []walstate.Archived) {
-	if g.leadership.Load() == nil {
-		return
-	}
 	g.done.Go(func() {
 		ctx, cancel := context.WithTimeout(g.ctx, archiveTimeout)
 		defer cancel()
