@@ -1,5 +1,6 @@
 // Package rpc is how Holdfast's roles reach one another: gRPC over a Unix socket in a
-// folder that only this user may enter, or over loopback.
+// folder that only this user may enter, or over loopback. Roles that share a process make the
+// same calls through memory.
 //
 // Any other address is refused, in both directions: keys and plaintext pages travel on
 // these connections, and there is no mutual TLS yet (invariants K1 and A1). So it is the folder
