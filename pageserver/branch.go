@@ -36,9 +36,6 @@ type branch struct {
 	// epoch is the highest epoch of which anything may be in the timeline (W2).
 	epoch atomic.Uint64
 
-	// folded tells the ingest that free space map pages were made into images.
-	folded atomic.Bool
-
 	mu struct {
 		sync.Mutex
 		tl      *timeline.Timeline
@@ -95,6 +92,9 @@ func (b *branch) timeline(ctx context.Context) (*timeline.Timeline, error) {
 		case ended || tl == nil && err != nil:
 			return nil, err
 		case tl != nil:
+			if err := tl.Err(); err != nil { // it ended a moment ago
+				return nil, err
+			}
 			return tl, nil
 		}
 		select {
@@ -156,9 +156,8 @@ func isFinal(err error) bool {
 
 // session opens the timeline and ingests until that fails in a way that needs it opened anew.
 func (b *branch) session(ctx context.Context) (err error) {
-	var tl atomic.Pointer[timeline.Timeline]
 	cfg := b.srv.timelineConfig(b.name.project, b.name.branch)
-	cfg.Materialize = b.materialize(ctx, &tl)
+	cfg.Materialize = fold
 	opened, err := timeline.Open(ctx, cfg)
 	if err != nil {
 		return err
@@ -167,7 +166,6 @@ func (b *branch) session(ctx context.Context) (err error) {
 		b.set(nil, err, isFinal(err)) // before the waiting calls are woken
 		err = errors.Join(err, opened.Close())
 	}()
-	tl.Store(opened)
 	state, err := loadState(ctx, opened)
 	if err != nil {
 		return err
@@ -232,27 +230,8 @@ func needsReopen(err error) bool {
 	return errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, timeline.ErrClosed)
 }
 
-// materialize gives the timeline images of pages. Other values have no history.
-func (b *branch) materialize(ctx context.Context, tl *atomic.Pointer[timeline.Timeline]) func(keyspace.Key, timeline.History) ([]byte, error) {
-	return func(key keyspace.Key, h timeline.History) ([]byte, error) {
-		k, err := keyspace.Parse(key)
-		if err != nil {
-			return nil, err
-		}
-		src := tl.Load()
-		if src == nil {
-			return nil, timeline.ErrClosed
-		}
-		page := make([]byte, pg.BlockSize)
-		if err := pageread.Build(ctx, src, key, &h, src.LastLSN(), page); err != nil {
-			return nil, err
-		}
-		if k.Kind == keyspace.KindRelPage && k.Rel.Fork == pg.FSMFork {
-			b.folded.Store(true)
-		}
-		return page, nil
-	}
-}
+// fold gives the timeline images of pages. Other values have no history.
+func fold(key keyspace.Key, h timeline.History) ([]byte, error) { return pageread.Fold(key, &h) }
 
 // reportEvery is how often the safekeepers hear how far the bucket has the WAL.
 const reportEvery = time.Second

@@ -116,9 +116,6 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 // take ingests some chunks. What it returned nil for is in the timeline.
 func (f *follower) take(chunks []*pb.SealedWAL, _ pg.LSN) error {
 	f.b.setError(nil)
-	if f.b.folded.Swap(false) {
-		f.core.ForgetMarks()
-	}
 	for _, c := range chunks {
 		if err := f.chunk(c); err != nil {
 			return err

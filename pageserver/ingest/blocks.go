@@ -134,7 +134,3 @@ func (c *Core) forgetMarks(tag pg.RelTag) {
 		clear(c.marks)
 	}
 }
-
-// ForgetMarks makes every slot of the free space map be followed anew: what the map's pages
-// said before was folded into images.
-func (c *Core) ForgetMarks() { clear(c.marks) }

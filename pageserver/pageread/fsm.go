@@ -1,8 +1,11 @@
 package pageread
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math/bits"
+	"slices"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
@@ -15,8 +18,10 @@ import (
 // useless to a server that starts from it, until a vacuum.
 //
 // Here, once a record changed a heap block's free space, its slot *follows* the block: the
-// value is taken from the heap page when the map page is read. The slots above it say "plenty":
-// a search that is misled corrects them (fsm_search), one that is never led there cannot.
+// value is taken from the heap page when the map page is read. It follows until the map page
+// is replaced or cut: an image that a history is folded into keeps the followers beside the
+// page. The slots above it say "plenty": a search that is misled corrects them (fsm_search),
+// one that is never led there cannot.
 
 // Shape of the map's tree (fsm_internals.h): physical pages are numbered depth first.
 const (
@@ -48,50 +53,77 @@ func upperSlot(page, child pg.BlockNumber) (int, error) {
 
 func isBottom(page pg.BlockNumber) bool { return page != 0 && (page-1)%fsmStride != 0 }
 
-// followHeap sets the slots that follow what they stand for.
-func (b *builder) followHeap() error {
-	if len(b.follow) == 0 {
-		return nil
-	}
-	if b.key.Kind != keyspace.KindRelPage || b.key.Rel.Fork != pg.FSMFork {
+// heapBlock is the heap block of a slot of a bottom page: the inverse of redo.FSMLocation.
+func heapBlock(bottom pg.BlockNumber, slot int) pg.BlockNumber {
+	group, child := (bottom-1)/fsmStride, (bottom-1)%fsmStride-1
+	return (group*fsmSlots+child)*fsmSlots + pg.BlockNumber(slot)
+}
+
+// followersSize is the length of the bit map of a folded map page's followers.
+const followersSize = (fsmSlots + 7) / 8
+
+func (b *builder) isMap() bool {
+	return b.key.Kind == keyspace.KindRelPage && b.key.Rel.Fork == pg.FSMFork
+}
+
+// addFollower notes that a bottom page's slot follows its heap block. An upper page's slot,
+// which stands for a map page, says "plenty" from here on.
+func (b *builder) addFollower(what pg.BlockNumber) error {
+	if !b.isMap() {
 		return errors.New("a change of a free space map slot under another page")
 	}
 	if !isBottom(b.key.Block) {
-		for child := range b.follow {
-			slot, err := upperSlot(b.key.Block, child)
-			if err != nil {
-				return err
-			}
-			if err := redo.SetFreeSpace(b.page, slot, plenty); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	return b.followBlocks()
-}
-
-func (b *builder) followBlocks() error {
-	heap := pg.RelTag{RelFileNode: b.key.Rel.RelFileNode, Fork: pg.MainFork}
-	page := make([]byte, pg.BlockSize)
-	for block := range b.follow {
-		at, slot := redo.FSMLocation(block)
-		if at != b.key.Block {
-			return fmt.Errorf("the slot of heap block %d is not on map page %d", block, b.key.Block)
-		}
-		free := 0
-		h, err := b.src.Get(b.ctx, keyspace.RelPage(heap, block), b.lsn)
+		slot, err := upperSlot(b.key.Block, what)
 		if err != nil {
-			return errors.Join(errSource, err)
-		}
-		// A heap page that cannot be made offers no room; reading it fails by itself. One
-		// without versions was truncated away.
-		if h.Exists() && Build(b.ctx, b.src, keyspace.RelPage(heap, block), &h, b.lsn, page) == nil {
-			free = redo.HeapFreeSpace(page)
-		}
-		if err := redo.SetFreeSpace(b.page, slot, free); err != nil {
 			return err
 		}
+		return redo.SetFreeSpace(b.page, slot, plenty)
 	}
-	return b.ctx.Err()
+	at, slot := redo.FSMLocation(what)
+	if at != b.key.Block {
+		return fmt.Errorf("the slot of heap block %d is not on map page %d", what, b.key.Block)
+	}
+	if b.follow == nil {
+		b.follow = make([]byte, followersSize)
+	}
+	b.follow[slot/8] |= 1 << (slot % 8)
+	return nil
+}
+
+// takeFollowers adds the followers that an image was folded with.
+func (b *builder) takeFollowers(slots []byte) error {
+	if !isBottom(b.key.Block) || slots[followersSize-1]>>(fsmSlots%8) != 0 {
+		return errors.New("the image names slots that the map page does not have")
+	}
+	b.follow = slices.Clone(slots)
+	return nil
+}
+
+// followHeap sets the slots that follow the heap.
+func (b *builder) followHeap(ctx context.Context, src Source, lsn pg.LSN) error {
+	heap := pg.RelTag{RelFileNode: b.key.Rel.RelFileNode, Fork: pg.MainFork}
+	var page []byte
+	for i, set := range b.follow {
+		for ; set != 0; set &= set - 1 {
+			if page == nil {
+				page = make([]byte, pg.BlockSize)
+			}
+			slot := 8*i + bits.TrailingZeros8(set)
+			block := heapBlock(b.key.Block, slot)
+			h, err := src.Get(ctx, keyspace.RelPage(heap, block), lsn)
+			if err != nil {
+				return errors.Join(errSource, err)
+			}
+			free := 0
+			// A heap page that cannot be made offers no room; reading it fails by itself. One
+			// without versions was truncated away.
+			if h.Exists() && Build(ctx, src, keyspace.RelPage(heap, block), &h, lsn, page) == nil {
+				free = redo.HeapFreeSpace(page)
+			}
+			if err := redo.SetFreeSpace(b.page, slot, free); err != nil {
+				return err
+			}
+		}
+	}
+	return ctx.Err()
 }

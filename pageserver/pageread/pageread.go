@@ -64,30 +64,46 @@ func Build(ctx context.Context, src Source, key keyspace.Key, h *timeline.Histor
 	if k.Kind != keyspace.KindRelPage && k.Kind != keyspace.KindSLRUPage {
 		return fmt.Errorf("key %x is not that of a page", key[:])
 	}
-	b := builder{ctx: ctx, src: src, key: k, lsn: lsn, page: page}
-	if err := b.build(h); err != nil {
-		if ctx.Err() != nil || errors.Is(err, errSource) {
-			return err
-		}
-		return &Error{k, lsn, err}
+	b := builder{key: k, page: page}
+	err = b.replay(h)
+	if err == nil {
+		err = b.followHeap(ctx, src, lsn)
 	}
-	return nil
+	switch {
+	case err == nil, ctx.Err() != nil, errors.Is(err, errSource):
+		return err
+	}
+	return &Error{k, lsn, err}
+}
+
+// Fold makes one image of a history: what Build reads as the history's base in its place. It
+// is a page, and for a free space map page that follows the heap, the slots that do.
+func Fold(key keyspace.Key, h *timeline.History) ([]byte, error) {
+	k, err := keyspace.Parse(key)
+	if err != nil {
+		return nil, err
+	}
+	if k.Kind != keyspace.KindRelPage && k.Kind != keyspace.KindSLRUPage {
+		return nil, fmt.Errorf("key %x is not that of a page", key[:])
+	}
+	b := builder{key: k, page: make([]byte, pg.BlockSize)}
+	if err := b.replay(h); err != nil {
+		return nil, err
+	}
+	return append(b.page, b.follow...), nil
 }
 
 // errSource marks an error of the timeline, not of the page.
 var errSource = errors.New("reading a page that another depends on")
 
 type builder struct {
-	ctx  context.Context
-	src  Source
 	key  keyspace.Parsed
-	lsn  pg.LSN
 	page []byte
 
-	follow map[pg.BlockNumber]struct{} // heap blocks whose slots follow them (FSM only)
+	follow []byte // of a bottom free space map page: a bit for each slot that follows its heap block; nil: none
 }
 
-func (b *builder) build(h *timeline.History) error {
+func (b *builder) replay(h *timeline.History) error {
 	if err := b.base(h.Base); err != nil {
 		return err
 	}
@@ -96,7 +112,7 @@ func (b *builder) build(h *timeline.History) error {
 			return err
 		}
 	}
-	return b.followHeap()
+	return nil
 }
 
 func (b *builder) base(v *timeline.Value) error {
@@ -106,6 +122,9 @@ func (b *builder) base(v *timeline.Value) error {
 	case v.Kind == timeline.Init:
 		clear(b.page)
 		return b.apply(v.Data, v.LSN)
+	case len(v.Data) == pg.BlockSize+followersSize && b.isMap():
+		copy(b.page, v.Data)
+		return b.takeFollowers(v.Data[pg.BlockSize:])
 	case len(v.Data) != pg.BlockSize:
 		return fmt.Errorf("the image at %v has %d bytes, not %d", v.LSN, len(v.Data), pg.BlockSize)
 	default:
@@ -130,11 +149,7 @@ func (b *builder) apply(data []byte, end pg.LSN) error {
 	case change.ClearVM:
 		return redo.ClearVM(b.page, b.key.Block, c.Block, c.Bits)
 	case change.Follow:
-		if b.follow == nil {
-			b.follow = make(map[pg.BlockNumber]struct{})
-		}
-		b.follow[c.Block] = struct{}{}
-		return nil
+		return b.addFollower(c.Block)
 	}
 	rec := records.Get().(*walrec.Record)
 	defer records.Put(rec)

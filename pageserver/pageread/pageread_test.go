@@ -2,6 +2,7 @@ package pageread
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"strings"
 	"testing"
@@ -114,6 +115,61 @@ func TestFreeSpaceFollowsTheHeap(t *testing.T) {
 	slots := page[28+4095:]
 	if slots[7] != 100 || slots[8] != 0 || page[28] != 100 {
 		t.Errorf("slots 7 and 8 are %d and %d, the page's root is %d; want 100, 0, 100", slots[7], slots[8], page[28])
+	}
+}
+
+// What a slot follows must outlive the folding of the history that says so: the heap page
+// changes on, and nobody notes it a second time.
+func TestAFoldedMapStillFollowsTheHeap(t *testing.T) {
+	heap := func(free int) *timeline.Value {
+		p := make([]byte, pg.BlockSize)
+		binary.LittleEndian.PutUint16(p[12:], 28)                   // lower
+		binary.LittleEndian.PutUint16(p[14:], uint16(28+4+free))    // upper, a line pointer taken off
+		binary.LittleEndian.PutUint16(p[16:], uint16(pg.BlockSize)) // special
+		return image(p)
+	}
+	const bottom = 2 + 4070 + 3
+	first := heapBlock(bottom, 0)
+	fsm := keyspace.RelPage(tag(pg.FSMFork), bottom)
+	h := timeline.History{Base: image(make([]byte, pg.BlockSize)), Changes: []timeline.Value{follows(first + 7), follows(first + 4068)}}
+	for round, free := range []int{3200, 64, 6400} {
+		data, err := Fold(fsm, &h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h = timeline.History{Base: image(data), Changes: []timeline.Value{follows(first + 9)}}
+		src := histories{fsm: h}
+		for _, b := range []pg.BlockNumber{7, 9, 4068} {
+			src[keyspace.RelPage(tag(0), first+b)] = timeline.History{Base: heap(free)}
+		}
+		page := make([]byte, pg.BlockSize)
+		if err := Page(t.Context(), src, fsm, 30, page); err != nil {
+			t.Fatal(err)
+		}
+		for slot, got := range page[28+4095:] {
+			want := 0
+			if slot == 7 || slot == 9 || slot == 4068 {
+				want = free / 32
+			}
+			if int(got) != want {
+				t.Fatalf("round %d: slot %d is %d, want %d", round, slot, got, want)
+			}
+		}
+	}
+	wrong := append(make([]byte, pg.BlockSize+followersSize-1), 0xFF)
+	for name, block := range map[string]pg.BlockNumber{"slots beyond the last": bottom, "an upper page's": 1} {
+		if _, err := Fold(keyspace.RelPage(tag(pg.FSMFork), block), &timeline.History{Base: image(wrong)}); err == nil {
+			t.Errorf("%s are accepted", name)
+		}
+	}
+}
+
+func TestHeapBlockOfASlot(t *testing.T) {
+	for _, heap := range []pg.BlockNumber{0, 1, 4068, 4069, 4069*4069 - 1, 4069 * 4069, 0xFFFFFFF0} {
+		bottom, slot := redo.FSMLocation(heap)
+		if got := heapBlock(bottom, slot); got != heap {
+			t.Errorf("map page %d, slot %d is of heap block %d, want %d", bottom, slot, got, heap)
+		}
 	}
 }
 
