@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -217,7 +218,7 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End, a.epoch.Number), WAL: w, Aux: a.keepAux, StartLSN: a.epoch.End,
+	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End, a.epoch.Number), WAL: w, Aux: a.keepAux, Fail: a.storeFailed, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
 	if err != nil {
 		return errors.Join(err, store.Wipe())
@@ -238,6 +239,11 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	return g.Wait()
 }
 
+// storeFailed ends the endpoint: the mount has already ended itself.
+func (a *agent) storeFailed(err error) {
+	a.kill(fmt.Errorf("the endpoint's local store failed: %w", err))
+}
+
 // logFolder and logFile are where a superuser finds Postgres's log, sealed like all else.
 const (
 	logFolder = "log"
@@ -245,7 +251,7 @@ const (
 )
 
 func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
-	for _, dir := range append(plan.Dirs, logFolder) {
+	for _, dir := range slices.Concat(plan.Dirs, pgfs.Dirs(), []string{logFolder}) {
 		if err := fs.MkdirAll(dir); err != nil {
 			return fmt.Errorf("making the data directory: %w", err)
 		}

@@ -76,6 +76,7 @@ type mounted struct {
 	fs     *pgfs.FS
 	folder *compute.Folder
 	user   pgproc.User
+	failed chan error // takes one error of the local store
 }
 
 func mount(cfg compute.Config) (*mounted, error) {
@@ -83,7 +84,7 @@ func mount(cfg compute.Config) (*mounted, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &mounted{user: user}
+	m := &mounted{user: user, failed: make(chan error, 1)}
 	if m.folder, err = compute.OpenFolder(cfg.Dir, user); err != nil {
 		return nil, err
 	}
@@ -91,7 +92,8 @@ func mount(cfg compute.Config) (*mounted, error) {
 	if err != nil {
 		return nil, err
 	}
-	m.fs, err = pgfs.New(pgfs.Config{Mountpoint: m.folder.Mount, Scratch: store, UID: user.UID, GID: user.GID, CacheBytes: cfg.CacheBytes, Log: cfg.Logger})
+	m.fs, err = pgfs.New(pgfs.Config{Mountpoint: m.folder.Mount, Scratch: store, UID: user.UID, GID: user.GID, CacheBytes: cfg.CacheBytes, Log: cfg.Logger,
+		Fail: func(err error) { m.failed <- err }})
 	if err != nil {
 		return nil, errors.Join(err, store.Wipe())
 	}
@@ -137,6 +139,7 @@ func (m *mounted) run(ctx context.Context, password string) error {
 	}
 	select {
 	case <-p.Done():
+	case err = <-m.failed:
 	case <-m.fs.Done():
 		err = errors.New("the mount under initdb has ended")
 	case <-ctx.Done():

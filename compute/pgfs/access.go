@@ -108,41 +108,39 @@ func (fs *FS) writeFile(path string, data []byte) error {
 		}
 		parent = child
 	}
-	n, made, err := fs.child(parent, parts[last], func() (*node, error) {
-		return fs.newFileLocked(parent, parts[last], syscall.S_IFREG|0o600, fs.cfg.UID, fs.cfg.GID)
-	})
+	n, err := fs.replace(parent, parts[last])
 	if err != nil {
-		return err
-	}
-	if n.file == nil {
-		return errIsDirectory
-	}
-	if err := fs.truncate(opContext{}, n.file, 0); err != nil {
 		return err
 	}
 	if _, err := fs.write(opContext{}, n.file, data, 0); err != nil {
 		return err
 	}
-	n.touch()
-	if made {
-		fs.notifyEntry(parent, parts[last])
-	} else {
-		fs.notifyContent(n)
-	}
+	fs.notifyEntry(parent, parts[last])
 	return nil
+}
+
+// replace gives a name to a new, empty file. The kernel keeps its own mind of an old one's
+// size and content.
+func (fs *FS) replace(parent *node, name string) (*node, error) {
+	fs.tree.Lock()
+	defer fs.tree.Unlock()
+	switch old, err := childLocked(parent, name); {
+	case err == iofs.ErrNotExist:
+	case err != nil:
+		return nil, err
+	case old.file == nil:
+		return nil, errIsDirectory
+	default:
+		fs.detachLocked(parent, name, old)
+	}
+	return fs.newFileLocked(parent, name, syscall.S_IFREG|0o600, fs.cfg.UID, fs.cfg.GID)
 }
 
 // notifyEntry makes the kernel look a name up again. No lock may be held.
 func (fs *FS) notifyEntry(parent *node, name string) {
-	if server := fs.mount.server.Load(); server != nil {
-		_ = server.EntryNotify(parent.id, name) // not known to the kernel: as good
-		_ = server.InodeNotify(parent.id, -1, 0)
-	}
-}
-
-func (fs *FS) notifyContent(n *node) {
-	if server := fs.mount.server.Load(); server != nil {
-		_ = server.InodeNotify(n.id, 0, 0)
+	for _, v := range fs.mount.mounted() {
+		_ = v.server.EntryNotify(v.id(parent), name) // not known to the kernel: as good
+		_ = v.server.InodeNotify(v.id(parent), -1, 0)
 	}
 }
 

@@ -1,14 +1,13 @@
 package pgfs
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"log"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,20 +25,40 @@ const (
 	unmountWait = 2 * time.Second
 )
 
+// Dirs lists the directories that get mounts of their own, which pass each write on at once
+// (see view): they are to be made before Mount.
+func Dirs() []string { return []string{walDir, tempDir} }
+
+const (
+	walDir  = "pg_wal"
+	tempDir = "base/pgsql_tmp"
+)
+
 type mountState struct {
 	sync.Mutex
-	server atomic.Pointer[fuse.Server]
-	done   chan struct{}
-	ended  bool // Unmount was called
+	views atomic.Pointer[[]*view] // in the order in which they were mounted; nil: not mounted
+	begun bool
+	ended bool          // Unmount was called
+	done  chan struct{} // closed when the last view's mount has ended
+	left  sync.WaitGroup
+}
+
+// mounted lists the views that the kernel sees.
+func (m *mountState) mounted() []*view {
+	if v := m.views.Load(); v != nil {
+		return *v
+	}
+	return nil
 }
 
 // Mount mounts the file system and serves it until Unmount. A mount that a killed agent left
-// at the mountpoint is detached first; anything else there is an error.
+// at the mountpoint is detached first; anything else there is an error. With a WAL, the
+// directory pg_wal must have been made.
 func (fs *FS) Mount() error {
 	m := &fs.mount
 	m.Lock()
 	defer m.Unlock()
-	if m.ended || m.server.Load() != nil {
+	if m.ended || m.begun {
 		return errors.New("mounting: this file system was mounted before")
 	}
 	point := fs.cfg.Mountpoint
@@ -52,19 +71,68 @@ func (fs *FS) Mount() error {
 	if err := os.MkdirAll(point, 0o700); err != nil {
 		return fmt.Errorf("mounting: %w", err)
 	}
-	server, err := fs.connect(point)
+	views, err := fs.plan()
 	if err != nil {
-		return fmt.Errorf("mounting on %s: %w; is /dev/fuse there, and may this process mount (root, or CAP_SYS_ADMIN in a container)?", point, err)
+		return fmt.Errorf("mounting on %s: %w", point, err)
 	}
-	m.server.Store(server)
+	m.begun = true
+	defer func() {
+		go func() {
+			m.left.Wait()
+			close(m.done)
+		}()
+	}()
+	for i, v := range views {
+		if err := fs.mountView(v); err != nil {
+			fs.stop()
+			return errors.Join(fmt.Errorf("mounting on %s: %w", v.point, err), fs.force(views[:i]))
+		}
+		up := slices.Clone(views[:i+1])
+		m.views.Store(&up)
+	}
+	if views[0].delayed {
+		tuneWriteback(point, fs.cfg.Log)
+	}
+	return nil
+}
+
+// plan tells what to mount, the outer before the inner. The kernel may delay writes only
+// where pg_wal is not, and only root can mount a second time inside.
+func (fs *FS) plan() ([]*view, error) {
+	root := &view{FS: fs, root: fs.root, point: filepath.Clean(fs.cfg.Mountpoint), done: make(chan struct{})}
+	views := []*view{root}
+	if os.Geteuid() != 0 {
+		return views, nil
+	}
+	root.delayed = true
+	for _, dir := range Dirs() {
+		n, err := fs.find(dir)
+		switch {
+		case err == nil && n.dir != nil:
+			views = append(views, &view{FS: fs, root: n, point: filepath.Join(root.point, dir), temp: dir == tempDir, done: make(chan struct{})})
+		case dir == walDir && fs.cfg.WAL != nil:
+			return nil, fmt.Errorf("there is no directory %s to mount on", walDir)
+		}
+	}
+	return views, nil
+}
+
+func (fs *FS) mountView(v *view) error {
+	server, err := v.connect()
+	if err != nil {
+		return fmt.Errorf("%w; is /dev/fuse there, and may this process mount (root, or CAP_SYS_ADMIN in a container)?", err)
+	}
+	v.server = server
+	fs.mount.left.Add(1)
 	go func() {
+		defer fs.mount.left.Done()
 		server.Serve()
 		fs.stop()
-		close(m.done)
+		close(v.done)
 	}()
 	if err := server.WaitMount(); err != nil {
-		_ = detach(point)
-		return fmt.Errorf("mounting on %s: %w", point, err)
+		_ = detach(v.point)
+		return err
 	}
 	return nil
 }
@@ -72,9 +140,9 @@ func (fs *FS) Mount() error {
 // connect mounts and answers the kernel's greeting. As root it mounts itself: the FUSE
 // library's own way leaves /dev/fuse open in every child process. A Postgres that holds it
 // keeps the connection alive when the agent dies, and waits for itself for ever.
-func (fs *FS) connect(point string) (*fuse.Server, error) {
+func (v *view) connect() (*fuse.Server, error) {
 	if os.Geteuid() != 0 {
-		return fuse.NewServer(fs, point, fs.mountOptions())
+		return fuse.NewServer(v, v.point, v.mountOptions())
 	}
 	fd, err := unix.Open(fuseDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -82,20 +150,20 @@ func (fs *FS) connect(point string) (*fuse.Server, error) {
 	}
 	// allow_other: Postgres runs as another user.
 	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", fd, unix.S_IFDIR, maxWrite)
-	if err := unix.Mount(fsName, point, "fuse."+fsName, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+	if err := unix.Mount(fsName, v.point, "fuse."+fsName, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), fs.mountOptions()) // takes fd
+	server, err := fuse.NewServer(v, fmt.Sprintf("/dev/fd/%d", fd), v.mountOptions()) // takes fd
 	if err != nil {
-		_ = detach(point)
+		_ = detach(v.point)
 		return nil, err
 	}
 	return server, nil
 }
 
-func (fs *FS) mountOptions() *fuse.MountOptions {
-	return &fuse.MountOptions{
+func (v *view) mountOptions() *fuse.MountOptions {
+	o := &fuse.MountOptions{
 		FsName: fsName, Name: fsName,
 		Options:       []string{"default_permissions"},
 		MaxWrite:      maxWrite,
@@ -106,8 +174,12 @@ func (fs *FS) mountOptions() *fuse.MountOptions {
 		ExplicitDataCacheControl: true,
 		DisableReadDirPlus:       true,
 		DisableSplice:            true, // replies are in memory
-		Logger:                   log.New(logWriter{fs.cfg.Log}, "", 0),
+		Logger:                   log.New(logWriter{v.cfg.Log}, "", 0),
 	}
+	if v.delayed {
+		o.ExtraCapabilities = fuse.CAP_WRITEBACK_CACHE
+	}
+	return o
 }
 
 // logWriter gives the FUSE library's messages to the agent's log.
@@ -130,41 +202,69 @@ func (fs *FS) Unmount() error {
 	defer m.Unlock()
 	first := !m.ended
 	m.ended = true
-	if m.server.Load() == nil {
+	if !m.begun {
 		fs.stop()
 		if first {
 			close(m.done)
 		}
 		return nil
 	}
-	select {
-	case <-m.done:
-		return nil
-	default:
-	}
+	views := m.mounted()
 	for begin := time.Now(); time.Since(begin) < unmountWait; {
-		if err := unmount(fs.cfg.Mountpoint, 0); !errors.Is(err, unix.EBUSY) {
+		if unmountInOrder(views) || fs.waitDone(50*time.Millisecond) {
 			break
 		}
-		if fs.waitDone(50 * time.Millisecond) {
-			return nil
-		}
 	}
-	if left, err := mountsAt(filepath.Clean(fs.cfg.Mountpoint)); err == nil && len(left) == 0 && fs.waitDone(unmountWait) {
+	if fs.waitDone(0) || len(views) > 0 && gone(views) && fs.waitDone(unmountWait) {
 		return nil
 	}
 	fs.stop() // who waits for the page server or the quorum gets an error
-	err := errors.Join(abort(fs.cfg.Mountpoint), detach(fs.cfg.Mountpoint))
-	if fs.waitDone(unmountWait) {
-		return nil
+	return fs.force(views)
+}
+
+// unmountInOrder unmounts the inner before the outer; false: one is in use.
+func unmountInOrder(views []*view) bool {
+	for _, v := range slices.Backward(views) {
+		if !v.ended() && errors.Is(unmount(v.point, 0), unix.EBUSY) {
+			return false
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("unmounting %s by force: %w", fs.cfg.Mountpoint, err)
+	return true
+}
+
+// gone tells whether nothing is mounted any more where the views were.
+func gone(views []*view) bool {
+	for _, v := range views {
+		if left, err := mountsAt(v.point); err != nil || len(left) > 0 {
+			return false
+		}
 	}
-	if left, err := mountsAt(filepath.Clean(fs.cfg.Mountpoint)); err == nil && len(left) > 0 {
-		return fmt.Errorf("unmounting %s: it is still mounted", fs.cfg.Mountpoint)
+	return true
+}
+
+// force ends the views' mounts over the heads of who uses them.
+func (fs *FS) force(views []*view) error {
+	var errs []error
+	for _, v := range slices.Backward(views) {
+		if !v.ended() {
+			errs = append(errs, abort(v.point), detach(v.point))
+		}
 	}
-	return fmt.Errorf("unmounting %s: it is unmounted, but a request under way has not ended; is the disk under the local store very slow?", fs.cfg.Mountpoint)
+	waited := time.After(unmountWait)
+	for _, v := range views {
+		select {
+		case <-v.done:
+		case <-waited:
+			if err := errors.Join(errs...); err != nil {
+				return fmt.Errorf("unmounting %s by force: %w", v.point, err)
+			}
+			if !gone(views) {
+				return fmt.Errorf("unmounting %s: it is still mounted", v.point)
+			}
+			return fmt.Errorf("unmounting %s: it is unmounted, but a request under way has not ended; is the disk under the local store very slow?", v.point)
+		}
+	}
+	return nil
 }
 
 func (fs *FS) waitDone(d time.Duration) bool {
@@ -174,113 +274,4 @@ func (fs *FS) waitDone(d time.Duration) bool {
 	case <-time.After(d):
 		return false
 	}
-}
-
-// unmount uses the system call, or fusermount for a user who may not.
-func unmount(point string, flags int) error {
-	err := unix.Unmount(point, flags)
-	if !errors.Is(err, unix.EPERM) {
-		return err
-	}
-	args := []string{"-u", point}
-	if flags&unix.MNT_DETACH != 0 {
-		args = []string{"-u", "-z", point}
-	}
-	if out, err := exec.Command("fusermount3", args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("fusermount3: %w: %s", err, strings.TrimSpace(string(out)))
-	}
-	return nil
-}
-
-func detach(point string) error {
-	if err := unmount(point, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
-		return err
-	}
-	return nil
-}
-
-// mountEntry is a line of /proc/self/mountinfo.
-type mountEntry struct {
-	device, kind, source string
-}
-
-// mountsAt lists what is mounted on a directory, the topmost last. It does not touch the
-// directory: a dead mount would not answer.
-func mountsAt(point string) ([]mountEntry, error) {
-	file, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	var found []mountEntry
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-		if !ok || len(left) < 5 || len(right) < 2 || unescapeMount(left[4]) != point {
-			continue
-		}
-		found = append(found, mountEntry{device: left[2], kind: right[0], source: right[1]})
-	}
-	return found, nil
-}
-
-func unescapeMount(s string) string {
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
-}
-
-// detachStale detaches what a killed agent left at the mountpoint.
-func detachStale(point string) error {
-	mounts, err := mountsAt(filepath.Clean(point))
-	if err != nil {
-		return err
-	}
-	for _, m := range mounts {
-		if m.source != fsName || !strings.HasPrefix(m.kind, "fuse") {
-			return fmt.Errorf("a %s file system is mounted there already: unmount it, or choose another directory", m.kind)
-		}
-	}
-	for range mounts {
-		if err := detach(point); err != nil {
-			return fmt.Errorf("detaching what a former agent left there: %w", err)
-		}
-	}
-	return nil
-}
-
-// abort ends the connection to the kernel: every request, under way or to come, fails.
-func abort(point string) error {
-	mounts, err := mountsAt(filepath.Clean(point))
-	if err != nil {
-		return err
-	}
-	control, done, err := controlDir()
-	if err != nil {
-		return err
-	}
-	defer done()
-	for _, m := range mounts {
-		if _, minor, ok := strings.Cut(m.device, ":"); ok && m.source == fsName {
-			err = errors.Join(err, os.WriteFile(filepath.Join(control, minor, "abort"), []byte("1"), 0))
-		}
-	}
-	return err
-}
-
-// controlDir is where the FUSE control file system is, mounted for the moment if need be.
-func controlDir() (dir string, done func(), err error) {
-	const usual = "/sys/fs/fuse/connections"
-	if entries, err := os.ReadDir(usual); err == nil && len(entries) > 0 {
-		return usual, func() {}, nil
-	}
-	if dir, err = os.MkdirTemp("", "fusectl-"); err != nil {
-		return "", nil, err
-	}
-	if err := unix.Mount("fusectl", dir, "fusectl", 0, ""); err != nil {
-		_ = os.Remove(dir)
-		return "", nil, fmt.Errorf("mounting the FUSE control file system: %w", err)
-	}
-	return dir, func() {
-		_ = unix.Unmount(dir, unix.MNT_DETACH)
-		_ = os.Remove(dir)
-	}, nil
 }

@@ -35,11 +35,7 @@ func openFile(t testing.TB, path string) int {
 func walMount(t testing.TB, wal *fakeWAL) (*FS, string) {
 	t.Helper()
 	fs := mounted(t, Config{WAL: wal})
-	dir := filepath.Join(fs.cfg.Mountpoint, "pg_wal")
-	if err := unix.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	return fs, dir
+	return fs, filepath.Join(fs.cfg.Mountpoint, "pg_wal")
 }
 
 func TestWALIsPassedOn(t *testing.T) {
@@ -210,6 +206,9 @@ func TestHelperAgent(t *testing.T) {
 	}
 	child.Stdin = file // an exit closes it, which the kernel tells the mount
 	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := file.Close(); err != nil { // at the agent's own end it would wait for itself
 		t.Fatal(err)
 	}
 	fmt.Printf("ready %d\n", child.Process.Pid)

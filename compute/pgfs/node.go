@@ -227,7 +227,7 @@ func setPathLocked(n *node, path string) {
 // nameChangedLocked upholds what a file is by its name: in pg_wal, the segment whose WAL
 // is written there.
 func (fs *FS) nameChangedLocked(d *dir, name string, f *file, gained bool) {
-	if d.path == "pg_wal" {
+	if d.path == walDir {
 		if start, ok := pg.ParseWALFileName(name); ok {
 			f.setWAL(start, gained)
 		}

@@ -46,6 +46,9 @@ type Config struct {
 	// Aux, if set, makes durable what a file will hold that WAL does not describe, before the
 	// rename that gives it its name answers; if it fails, so does the rename.
 	Aux func(ctx context.Context, path string, content []byte) error
+	// Fail, if set, is told once that the local store failed under a write that Postgres
+	// believes to be done. Everything fails from then on; Postgres must be killed.
+	Fail func(error)
 	// StartLSN is the LSN at which the endpoint started: pages that were never written here
 	// are asked for as of it, or later.
 	StartLSN pg.LSN
@@ -111,6 +114,10 @@ type FS struct {
 	cache        evictor
 	stats        counters
 	aheadFetches atomic.Int64 // read-ahead calls under way
+	room         struct {     // on the disk, for temporary files
+		checked atomic.Int64 // when, Unix nanoseconds
+		low     atomic.Bool
+	}
 
 	mount mountState
 }

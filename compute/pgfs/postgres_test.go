@@ -90,6 +90,13 @@ func mounted(t testing.TB, cfg Config) *FS {
 		cfg.Mountpoint = filepath.Join(openDir(t), "mnt")
 	}
 	fs := newFS(t, cfg)
+	if cfg.WAL != nil {
+		for _, dir := range Dirs() {
+			if err := fs.MkdirAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	if err := fs.Mount(); err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ func isolate(keep string) error {
 // mountSource is what pgfs's mounts say that they are of.
 const mountSource = "holdfast"
 
-// otherMounts lists the mounts of ours, as this thread sees them, but for one.
+// otherMounts lists the mounts of ours, as this thread sees them, but for one and those inside it.
 func otherMounts(keep string) ([]string, error) {
 	file, err := os.Open("/proc/thread-self/mountinfo")
 	if err != nil {
@@ -49,7 +49,7 @@ func otherMounts(keep string) ([]string, error) {
 		if len(left) < 5 || len(right) < 2 || !strings.HasPrefix(right[0], "fuse") || right[1] != mountSource {
 			continue
 		}
-		if point := unescape.Replace(left[4]); point != keep {
+		if point := unescape.Replace(left[4]); point != keep && !strings.HasPrefix(point, keep+"/") {
 			others = append(others, point)
 		}
 	}
