@@ -283,7 +283,10 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 		return err
 	}
 	a.serving.Store(a.postgres)
-	context.AfterFunc(a.life, a.postgres.Kill) // at once, whatever else is under way
+	context.AfterFunc(a.life, func() { // at once, whatever else is under way
+		a.fs.Discard()
+		a.postgres.Kill()
+	})
 	return a.postgres.awaitReady(ctx)
 }
 

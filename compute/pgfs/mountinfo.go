@@ -124,8 +124,8 @@ func controlDir() (dir string, done func(), err error) {
 
 // writebackShare is how much of what the kernel allows to be dirty the mount may take, in
 // percent. FUSE's own default is 1, so that servers that do not keep up cannot fill the
-// memory; this one writes to a local file.
-const writebackShare = 30
+// memory; this one writes to a local file. Who kills Postgres may wait for what was allowed.
+const writebackShare = 10
 
 // tuneWriteback lets the kernel delay more writes than FUSE's defaults do. Where that is not
 // allowed, as in a container whose /sys is read-only, writers wait sooner.

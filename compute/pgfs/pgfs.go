@@ -98,9 +98,10 @@ type FS struct {
 	cfg   Config
 	store *scratch.Store
 	// ctx ends when the mount ends or is wiped; every wait hangs on it.
-	ctx   context.Context
-	stop  context.CancelFunc
-	wiped atomic.Bool
+	ctx      context.Context
+	stop     context.CancelFunc
+	wiped    atomic.Bool
+	discards atomic.Bool // Discard was called
 
 	// tree guards names: directories' children, link counts, paths.
 	tree    sync.RWMutex

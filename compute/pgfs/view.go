@@ -143,7 +143,10 @@ func (v *view) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uin
 // what Postgres would read from now on is not what it wrote: the endpoint has to end.
 func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	fs := v.FS
-	if fs.wiped.Load() {
+	switch {
+	case fs.discards.Load():
+		return uint32(len(data)), fuse.OK
+	case fs.wiped.Load():
 		return 0, fs.status(errClosed)
 	}
 	_, f, err := fs.fileOf(&in.InHeader)
@@ -156,6 +159,10 @@ func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) 
 	}
 	return uint32(len(data)), fuse.OK
 }
+
+// Discard drops what the kernel still holds back, from now on: Postgres is being killed, and
+// its end would wait for writes that nobody will read.
+func (fs *FS) Discard() { fs.discards.Store(true) }
 
 // fail ends the file system, as Wipe does, and tells Config.Fail why.
 func (fs *FS) fail(err error) {

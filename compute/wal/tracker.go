@@ -151,6 +151,8 @@ func (t *Tracker) compare(lsn pg.LSN, p []byte) error {
 // scan accepts the records that are complete now.
 func (t *Tracker) scan() ([]Chunk, error) {
 	var chunks []Chunk
+	whole := t.tail
+	defer func() { t.settle(whole) }()
 	cut := func(n int, end pg.LSN) {
 		if n > 0 {
 			chunks = append(chunks, Chunk{Begin: t.tailStart, End: end, WAL: bytes.Clone(t.tail[:n])})
@@ -250,13 +252,20 @@ func (t *Tracker) accept(n int) {
 		t.before = append(t.before[:0], t.tail[start-t.tailStart:n]...)
 	}
 	t.beforeEnd = last + 1
-	rest := t.tail[n:]
-	if cap(t.tail) > keepTail && len(rest) < keepTail/2 {
-		t.tail = bytes.Clone(rest)
-	} else {
-		t.tail = t.tail[:copy(t.tail, rest)]
-	}
+	t.tail = t.tail[n:]
 	t.tailStart += pg.LSN(n)
+}
+
+// settle moves what is left of the tail to the front of its memory, once for all that was
+// accepted of it.
+func (t *Tracker) settle(whole []byte) {
+	switch {
+	case len(t.tail) == len(whole):
+	case cap(whole) > keepTail && len(t.tail) < keepTail/2:
+		t.tail = bytes.Clone(t.tail)
+	default:
+		t.tail = whole[:copy(whole, t.tail)]
+	}
 }
 
 // skipGap drops the zeros between an accepted switch record and the next segment, at base.
@@ -265,7 +274,7 @@ func (t *Tracker) skipGap() error {
 	if !isZero(t.tail[:n]) {
 		return fmt.Errorf("WAL was written between the switch record that ends at %v and the next segment at %v", t.beforeEnd, t.base)
 	}
-	t.tail = t.tail[:copy(t.tail, t.tail[n:])]
+	t.tail = t.tail[n:]
 	t.tailStart = t.base
 	t.rewind()
 	return nil
