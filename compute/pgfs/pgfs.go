@@ -11,6 +11,8 @@
 // leave scratch again, and be asked for at the page server, only by the rule in evict.go
 // (invariant C1).
 //
+// The mount is three in fact, one inside the other: see view.
+//
 // Postgres is the only user of the mount and the kernel the only cache above it, so names,
 // attributes and data are cached there without a time limit. The agent itself must never
 // touch a path under the mountpoint: it would wait for itself. It uses MkdirAll, WriteFile,

@@ -15,7 +15,7 @@ import (
 // in the kernel, and comes here when it is old, when there are many, or when the file is
 // closed or fsync'ed. Inside it, pg_wal is mounted once more without that, since WAL has to
 // be on its way to the quorum at the write; and so is the directory of temporary files, since
-// a query that fills the disk is to get an error at its write. See docs/decisions/0004.
+// a query that fills the disk is to get an error at its write. See docs/decisions/0009.
 type view struct {
 	*FS
 	root    *node
