@@ -272,5 +272,6 @@ func (b *branch) describe() *pb.PageServerBranch {
 		s := tl.Stats()
 		d.Layers, d.LayerBytes, d.MemoryBytes = uint64(s.Layers), uint64(s.LayerBytes), uint64(s.MemoryBytes)
 	}
+	d.RedoChecks = b.verify.redoCounts()
 	return d
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
@@ -14,15 +15,6 @@ import (
 	"github.com/holdfastdb/holdfast/pageserver/redo"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
 )
-
-// A RedoCount is how often pages were compared for one kind of record.
-type RedoCount struct {
-	Record     string
-	Checked    uint64
-	Mismatches uint64
-	Failed     uint64 // the page could not be made
-	First      string // the first mismatch or failure
-}
 
 // verifier compares pages with the images that records carry under
 // wal_consistency_checking. A nil verifier does nothing.
@@ -32,7 +24,7 @@ type verifier struct {
 	busy    sync.Mutex // held from before what was noted can be read until it is compared
 
 	mu     sync.Mutex
-	counts map[string]*RedoCount
+	counts map[string]*pb.RedoCheck
 }
 
 type checkable struct {
@@ -41,7 +33,7 @@ type checkable struct {
 }
 
 func newVerifier(log *slog.Logger) *verifier {
-	return &verifier{log: log, counts: make(map[string]*RedoCount)}
+	return &verifier{log: log, counts: make(map[string]*pb.RedoCheck)}
 }
 
 func (v *verifier) begin() (end func()) {
@@ -108,7 +100,7 @@ func (v *verifier) count(rec *walrec.Record, checked, failed bool, err error) {
 	defer v.mu.Unlock()
 	c := v.counts[name]
 	if c == nil {
-		c = &RedoCount{Record: name}
+		c = &pb.RedoCheck{Record: name}
 		v.counts[name] = c
 	}
 	c.Checked++
@@ -126,20 +118,20 @@ func (v *verifier) count(rec *walrec.Record, checked, failed bool, err error) {
 	}
 }
 
-// RedoCounts gives what was compared on a branch under Config.VerifyRedo, by record name. It
-// covers all that can be read at the time.
-func (s *Server) RedoCounts(project, id string) []RedoCount {
-	b, err := s.branch(project, id)
-	if err != nil || b.verify == nil {
+// redoCounts gives what was compared so far, by record name. It covers all that can be read at
+// the time.
+func (v *verifier) redoCounts() []*pb.RedoCheck {
+	if v == nil {
 		return nil
 	}
-	b.verify.busy.Lock()
-	defer b.verify.busy.Unlock()
-	b.verify.mu.Lock()
-	defer b.verify.mu.Unlock()
-	var list []RedoCount
-	for _, name := range slices.Sorted(maps.Keys(b.verify.counts)) {
-		list = append(list, *b.verify.counts[name])
+	v.busy.Lock()
+	defer v.busy.Unlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var list []*pb.RedoCheck
+	for _, name := range slices.Sorted(maps.Keys(v.counts)) {
+		c := v.counts[name]
+		list = append(list, &pb.RedoCheck{Record: name, Checked: c.Checked, Mismatches: c.Mismatches, Failed: c.Failed, First: c.First})
 	}
 	return list
 }

@@ -163,7 +163,7 @@ func startPageserver(cfg *config.Pageserver, log *slog.Logger) (*service, error)
 		return nil, errors.Join(err, s.close())
 	}
 	srv, err := pageserver.New(pageserver.Config{Dir: cfg.Dir, Blob: store, Ring: ring, Safekeepers: cfg.Safekeepers,
-		NodeID: cfg.Node, Logger: log.With("role", "pageserver")})
+		NodeID: cfg.Node, VerifyRedo: cfg.VerifyRedo, Logger: log.With("role", "pageserver")})
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}

@@ -43,6 +43,7 @@ type Pageserver struct {
 	Bucket      string   `yaml:"bucket"`
 	Keymgr      string   `yaml:"keymgr"`
 	Safekeepers []string `yaml:"safekeepers"`
+	VerifyRedo  bool     `yaml:"verify_redo"` // compare pages with the images of wal_consistency_checking; slow, for tests
 }
 
 // Manager configures the manager, which runs the endpoints as its children.

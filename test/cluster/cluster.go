@@ -36,6 +36,9 @@ type Options struct {
 	Settings map[string]string
 	// CacheBytes is the size of the endpoint's local store; 0: the default.
 	CacheBytes int64
+	// VerifyRedo has the pageserver of a separate cluster compare what redo makes with the
+	// images of wal_consistency_checking.
+	VerifyRedo bool
 }
 
 // Cluster is a cluster that runs or can run.
@@ -166,7 +169,7 @@ func (c *Cluster) prepareSeparate() error {
 	configs := map[string]any{
 		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: kms},
 		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.Socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
-			Keymgr: c.Socket(Keymgr), Safekeepers: addrs},
+			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, VerifyRedo: c.opts.VerifyRedo},
 		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
 			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: "dev",
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
@@ -465,6 +468,7 @@ type Status struct {
 			LayerBytes  string `json:"layer_bytes"`
 			MemoryBytes string `json:"memory_bytes"`
 			Error       string
+			RedoChecks  []RedoCheck `json:"redo_checks"`
 		}
 	}
 	Keys []struct {
@@ -472,6 +476,12 @@ type Status struct {
 		Status  struct{ State string }
 	}
 	Errors []string
+}
+
+// RedoCheck is how often one kind of record was compared with what PostgreSQL made of it.
+type RedoCheck struct {
+	Record, First               string
+	Checked, Mismatches, Failed uint64 `json:",string"`
 }
 
 // Status asks the cluster how it is.

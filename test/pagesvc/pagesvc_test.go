@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
 	"github.com/holdfastdb/holdfast/test/stock"
@@ -156,7 +157,11 @@ func TestVerifyRedoComparesEachRecord(t *testing.T) {
 func checkRedo(t *testing.T, w *world) map[string]uint64 {
 	t.Helper()
 	counts := map[string]uint64{}
-	for _, c := range w.server.RedoCounts(project, branch) {
+	st, err := w.client.Status(t.Context(), &pb.PageServerStatusRequest{})
+	if err != nil || len(st.Branches) != 1 {
+		t.Fatalf("the status is %v, %v", st, err)
+	}
+	for _, c := range st.Branches[0].RedoChecks {
 		counts[c.Record] = c.Checked
 		t.Logf("%-28s %7d checked", c.Record, c.Checked)
 		if c.Mismatches+c.Failed > 0 {
