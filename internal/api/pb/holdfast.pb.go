@@ -11,7 +11,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: internal/api/pb/holdfast.proto
+// source: holdfast.proto
 
 package pb
 
@@ -81,11 +81,11 @@ func (x ErrorDetail_Reason) String() string {
 }
 
 func (ErrorDetail_Reason) Descriptor() protoreflect.EnumDescriptor {
-	return file_internal_api_pb_holdfast_proto_enumTypes[0].Descriptor()
+	return file_holdfast_proto_enumTypes[0].Descriptor()
 }
 
 func (ErrorDetail_Reason) Type() protoreflect.EnumType {
-	return &file_internal_api_pb_holdfast_proto_enumTypes[0]
+	return &file_holdfast_proto_enumTypes[0]
 }
 
 func (x ErrorDetail_Reason) Number() protoreflect.EnumNumber {
@@ -94,7 +94,7 @@ func (x ErrorDetail_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ErrorDetail_Reason.Descriptor instead.
 func (ErrorDetail_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{0, 0}
+	return file_holdfast_proto_rawDescGZIP(), []int{0, 0}
 }
 
 // ErrorDetail says why, to code.
@@ -110,7 +110,7 @@ type ErrorDetail struct {
 
 func (x *ErrorDetail) Reset() {
 	*x = ErrorDetail{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[0]
+	mi := &file_holdfast_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -122,7 +122,7 @@ func (x *ErrorDetail) String() string {
 func (*ErrorDetail) ProtoMessage() {}
 
 func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[0]
+	mi := &file_holdfast_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -135,7 +135,7 @@ func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorDetail.ProtoReflect.Descriptor instead.
 func (*ErrorDetail) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{0}
+	return file_holdfast_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *ErrorDetail) GetReason() ErrorDetail_Reason {
@@ -179,7 +179,7 @@ type DEKContext struct {
 
 func (x *DEKContext) Reset() {
 	*x = DEKContext{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -191,7 +191,7 @@ func (x *DEKContext) String() string {
 func (*DEKContext) ProtoMessage() {}
 
 func (x *DEKContext) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -204,7 +204,7 @@ func (x *DEKContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEKContext.ProtoReflect.Descriptor instead.
 func (*DEKContext) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{1}
+	return file_holdfast_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *DEKContext) GetPurpose() string {
@@ -245,7 +245,7 @@ type CreateProjectRequest struct {
 
 func (x *CreateProjectRequest) Reset() {
 	*x = CreateProjectRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +257,7 @@ func (x *CreateProjectRequest) String() string {
 func (*CreateProjectRequest) ProtoMessage() {}
 
 func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +270,7 @@ func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectRequest.ProtoReflect.Descriptor instead.
 func (*CreateProjectRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{2}
+	return file_holdfast_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *CreateProjectRequest) GetProject() string {
@@ -296,7 +296,7 @@ type CreateProjectResponse struct {
 
 func (x *CreateProjectResponse) Reset() {
 	*x = CreateProjectResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -308,7 +308,7 @@ func (x *CreateProjectResponse) String() string {
 func (*CreateProjectResponse) ProtoMessage() {}
 
 func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -321,7 +321,7 @@ func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectResponse.ProtoReflect.Descriptor instead.
 func (*CreateProjectResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{3}
+	return file_holdfast_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *CreateProjectResponse) GetKekVersion() uint32 {
@@ -342,7 +342,7 @@ type LeaseRequest struct {
 
 func (x *LeaseRequest) Reset() {
 	*x = LeaseRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -354,7 +354,7 @@ func (x *LeaseRequest) String() string {
 func (*LeaseRequest) ProtoMessage() {}
 
 func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -367,7 +367,7 @@ func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseRequest.ProtoReflect.Descriptor instead.
 func (*LeaseRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{4}
+	return file_holdfast_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LeaseRequest) GetProject() string {
@@ -401,7 +401,7 @@ type LeaseResponse struct {
 
 func (x *LeaseResponse) Reset() {
 	*x = LeaseResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -413,7 +413,7 @@ func (x *LeaseResponse) String() string {
 func (*LeaseResponse) ProtoMessage() {}
 
 func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -426,7 +426,7 @@ func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseResponse.ProtoReflect.Descriptor instead.
 func (*LeaseResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{5}
+	return file_holdfast_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *LeaseResponse) GetLeaseId() string {
@@ -453,7 +453,7 @@ type GenerateDEKsRequest struct {
 
 func (x *GenerateDEKsRequest) Reset() {
 	*x = GenerateDEKsRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +465,7 @@ func (x *GenerateDEKsRequest) String() string {
 func (*GenerateDEKsRequest) ProtoMessage() {}
 
 func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +478,7 @@ func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsRequest.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{6}
+	return file_holdfast_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *GenerateDEKsRequest) GetLeaseId() string {
@@ -504,7 +504,7 @@ type GenerateDEKsResponse struct {
 
 func (x *GenerateDEKsResponse) Reset() {
 	*x = GenerateDEKsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -516,7 +516,7 @@ func (x *GenerateDEKsResponse) String() string {
 func (*GenerateDEKsResponse) ProtoMessage() {}
 
 func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -529,7 +529,7 @@ func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsResponse.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{7}
+	return file_holdfast_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GenerateDEKsResponse) GetDeks() []*DEK {
@@ -549,7 +549,7 @@ type DEK struct {
 
 func (x *DEK) Reset() {
 	*x = DEK{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -561,7 +561,7 @@ func (x *DEK) String() string {
 func (*DEK) ProtoMessage() {}
 
 func (x *DEK) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -574,7 +574,7 @@ func (x *DEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEK.ProtoReflect.Descriptor instead.
 func (*DEK) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{8}
+	return file_holdfast_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DEK) GetPlaintext() []byte {
@@ -601,7 +601,7 @@ type WrappedDEK struct {
 
 func (x *WrappedDEK) Reset() {
 	*x = WrappedDEK{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +613,7 @@ func (x *WrappedDEK) String() string {
 func (*WrappedDEK) ProtoMessage() {}
 
 func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +626,7 @@ func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrappedDEK.ProtoReflect.Descriptor instead.
 func (*WrappedDEK) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{9}
+	return file_holdfast_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WrappedDEK) GetContext() *DEKContext {
@@ -653,7 +653,7 @@ type UnwrapDEKsRequest struct {
 
 func (x *UnwrapDEKsRequest) Reset() {
 	*x = UnwrapDEKsRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +665,7 @@ func (x *UnwrapDEKsRequest) String() string {
 func (*UnwrapDEKsRequest) ProtoMessage() {}
 
 func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +678,7 @@ func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{10}
+	return file_holdfast_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UnwrapDEKsRequest) GetLeaseId() string {
@@ -704,7 +704,7 @@ type UnwrapDEKsResponse struct {
 
 func (x *UnwrapDEKsResponse) Reset() {
 	*x = UnwrapDEKsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +716,7 @@ func (x *UnwrapDEKsResponse) String() string {
 func (*UnwrapDEKsResponse) ProtoMessage() {}
 
 func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +729,7 @@ func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsResponse.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{11}
+	return file_holdfast_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UnwrapDEKsResponse) GetPlaintexts() [][]byte {
@@ -748,7 +748,7 @@ type KeyStatusRequest struct {
 
 func (x *KeyStatusRequest) Reset() {
 	*x = KeyStatusRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +760,7 @@ func (x *KeyStatusRequest) String() string {
 func (*KeyStatusRequest) ProtoMessage() {}
 
 func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +773,7 @@ func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusRequest.ProtoReflect.Descriptor instead.
 func (*KeyStatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{12}
+	return file_holdfast_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *KeyStatusRequest) GetProject() string {
@@ -796,7 +796,7 @@ type KeyStatusResponse struct {
 
 func (x *KeyStatusResponse) Reset() {
 	*x = KeyStatusResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +808,7 @@ func (x *KeyStatusResponse) String() string {
 func (*KeyStatusResponse) ProtoMessage() {}
 
 func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +821,7 @@ func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusResponse.ProtoReflect.Descriptor instead.
 func (*KeyStatusResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{13}
+	return file_holdfast_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *KeyStatusResponse) GetCmk() string {
@@ -870,7 +870,7 @@ type HelloRequest struct {
 
 func (x *HelloRequest) Reset() {
 	*x = HelloRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +882,7 @@ func (x *HelloRequest) String() string {
 func (*HelloRequest) ProtoMessage() {}
 
 func (x *HelloRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +895,7 @@ func (x *HelloRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloRequest.ProtoReflect.Descriptor instead.
 func (*HelloRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{14}
+	return file_holdfast_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HelloRequest) GetGroup() uint64 {
@@ -931,7 +931,7 @@ type HelloResponse struct {
 
 func (x *HelloResponse) Reset() {
 	*x = HelloResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -943,7 +943,7 @@ func (x *HelloResponse) String() string {
 func (*HelloResponse) ProtoMessage() {}
 
 func (x *HelloResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -956,7 +956,7 @@ func (x *HelloResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloResponse.ProtoReflect.Descriptor instead.
 func (*HelloResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{15}
+	return file_holdfast_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HelloResponse) GetIncarnation() uint64 {
@@ -998,7 +998,7 @@ type CreateBranchRequest struct {
 
 func (x *CreateBranchRequest) Reset() {
 	*x = CreateBranchRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1010,7 +1010,7 @@ func (x *CreateBranchRequest) String() string {
 func (*CreateBranchRequest) ProtoMessage() {}
 
 func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1023,7 +1023,7 @@ func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchRequest.ProtoReflect.Descriptor instead.
 func (*CreateBranchRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{16}
+	return file_holdfast_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateBranchRequest) GetProject() string {
@@ -1055,7 +1055,7 @@ type CreateBranchResponse struct {
 
 func (x *CreateBranchResponse) Reset() {
 	*x = CreateBranchResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +1067,7 @@ func (x *CreateBranchResponse) String() string {
 func (*CreateBranchResponse) ProtoMessage() {}
 
 func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +1080,7 @@ func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchResponse.ProtoReflect.Descriptor instead.
 func (*CreateBranchResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{17}
+	return file_holdfast_proto_rawDescGZIP(), []int{17}
 }
 
 type OpenEpochRequest struct {
@@ -1094,7 +1094,7 @@ type OpenEpochRequest struct {
 
 func (x *OpenEpochRequest) Reset() {
 	*x = OpenEpochRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1106,7 @@ func (x *OpenEpochRequest) String() string {
 func (*OpenEpochRequest) ProtoMessage() {}
 
 func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1119,7 @@ func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochRequest.ProtoReflect.Descriptor instead.
 func (*OpenEpochRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{18}
+	return file_holdfast_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *OpenEpochRequest) GetProject() string {
@@ -1154,7 +1154,7 @@ type OpenEpochResponse struct {
 
 func (x *OpenEpochResponse) Reset() {
 	*x = OpenEpochResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1166,7 @@ func (x *OpenEpochResponse) String() string {
 func (*OpenEpochResponse) ProtoMessage() {}
 
 func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1179,7 @@ func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochResponse.ProtoReflect.Descriptor instead.
 func (*OpenEpochResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{19}
+	return file_holdfast_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *OpenEpochResponse) GetEpoch() uint64 {
@@ -1217,7 +1217,7 @@ type AppendRequest struct {
 
 func (x *AppendRequest) Reset() {
 	*x = AppendRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +1229,7 @@ func (x *AppendRequest) String() string {
 func (*AppendRequest) ProtoMessage() {}
 
 func (x *AppendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +1242,7 @@ func (x *AppendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendRequest.ProtoReflect.Descriptor instead.
 func (*AppendRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{20}
+	return file_holdfast_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AppendRequest) GetProject() string {
@@ -1289,7 +1289,7 @@ type AppendResponse struct {
 
 func (x *AppendResponse) Reset() {
 	*x = AppendResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1301,7 @@ func (x *AppendResponse) String() string {
 func (*AppendResponse) ProtoMessage() {}
 
 func (x *AppendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1314,7 @@ func (x *AppendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendResponse.ProtoReflect.Descriptor instead.
 func (*AppendResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{21}
+	return file_holdfast_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AppendResponse) GetCommittedLsn() uint64 {
@@ -1336,7 +1336,7 @@ type ReadRequest struct {
 
 func (x *ReadRequest) Reset() {
 	*x = ReadRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +1348,7 @@ func (x *ReadRequest) String() string {
 func (*ReadRequest) ProtoMessage() {}
 
 func (x *ReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +1361,7 @@ func (x *ReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadRequest.ProtoReflect.Descriptor instead.
 func (*ReadRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{22}
+	return file_holdfast_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ReadRequest) GetProject() string {
@@ -1402,7 +1402,7 @@ type ReadResponse struct {
 
 func (x *ReadResponse) Reset() {
 	*x = ReadResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1414,7 @@ func (x *ReadResponse) String() string {
 func (*ReadResponse) ProtoMessage() {}
 
 func (x *ReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1427,7 @@ func (x *ReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
 func (*ReadResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{23}
+	return file_holdfast_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ReadResponse) GetChunks() []*SealedWAL {
@@ -1461,7 +1461,7 @@ type SealedWAL struct {
 
 func (x *SealedWAL) Reset() {
 	*x = SealedWAL{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1473,7 @@ func (x *SealedWAL) String() string {
 func (*SealedWAL) ProtoMessage() {}
 
 func (x *SealedWAL) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1486,7 @@ func (x *SealedWAL) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedWAL.ProtoReflect.Descriptor instead.
 func (*SealedWAL) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{24}
+	return file_holdfast_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SealedWAL) GetBeginLsn() uint64 {
@@ -1549,7 +1549,7 @@ type ReportDurableRequest struct {
 
 func (x *ReportDurableRequest) Reset() {
 	*x = ReportDurableRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1561,7 @@ func (x *ReportDurableRequest) String() string {
 func (*ReportDurableRequest) ProtoMessage() {}
 
 func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1574,7 @@ func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableRequest.ProtoReflect.Descriptor instead.
 func (*ReportDurableRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{25}
+	return file_holdfast_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReportDurableRequest) GetProject() string {
@@ -1606,7 +1606,7 @@ type ReportDurableResponse struct {
 
 func (x *ReportDurableResponse) Reset() {
 	*x = ReportDurableResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1618,7 @@ func (x *ReportDurableResponse) String() string {
 func (*ReportDurableResponse) ProtoMessage() {}
 
 func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1631,7 @@ func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableResponse.ProtoReflect.Descriptor instead.
 func (*ReportDurableResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{26}
+	return file_holdfast_proto_rawDescGZIP(), []int{26}
 }
 
 type SafekeeperStatusRequest struct {
@@ -1642,7 +1642,7 @@ type SafekeeperStatusRequest struct {
 
 func (x *SafekeeperStatusRequest) Reset() {
 	*x = SafekeeperStatusRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1654,7 +1654,7 @@ func (x *SafekeeperStatusRequest) String() string {
 func (*SafekeeperStatusRequest) ProtoMessage() {}
 
 func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1667,7 +1667,7 @@ func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusRequest.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{27}
+	return file_holdfast_proto_rawDescGZIP(), []int{27}
 }
 
 type SafekeeperStatusResponse struct {
@@ -1682,7 +1682,7 @@ type SafekeeperStatusResponse struct {
 
 func (x *SafekeeperStatusResponse) Reset() {
 	*x = SafekeeperStatusResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1694,7 +1694,7 @@ func (x *SafekeeperStatusResponse) String() string {
 func (*SafekeeperStatusResponse) ProtoMessage() {}
 
 func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1707,7 +1707,7 @@ func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusResponse.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{28}
+	return file_holdfast_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SafekeeperStatusResponse) GetNodeId() uint64 {
@@ -1752,7 +1752,7 @@ type GroupStatus struct {
 
 func (x *GroupStatus) Reset() {
 	*x = GroupStatus{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +1764,7 @@ func (x *GroupStatus) String() string {
 func (*GroupStatus) ProtoMessage() {}
 
 func (x *GroupStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +1777,7 @@ func (x *GroupStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupStatus.ProtoReflect.Descriptor instead.
 func (*GroupStatus) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{29}
+	return file_holdfast_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GroupStatus) GetGroup() uint64 {
@@ -1836,7 +1836,7 @@ type BranchStatus struct {
 
 func (x *BranchStatus) Reset() {
 	*x = BranchStatus{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +1848,7 @@ func (x *BranchStatus) String() string {
 func (*BranchStatus) ProtoMessage() {}
 
 func (x *BranchStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +1861,7 @@ func (x *BranchStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BranchStatus.ProtoReflect.Descriptor instead.
 func (*BranchStatus) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{30}
+	return file_holdfast_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *BranchStatus) GetProject() string {
@@ -1920,7 +1920,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1932,7 +1932,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1945,7 +1945,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{31}
+	return file_holdfast_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RaftMessage) GetGroup() uint64 {
@@ -1984,7 +1984,7 @@ type RaftAck struct {
 
 func (x *RaftAck) Reset() {
 	*x = RaftAck{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1996,7 +1996,7 @@ func (x *RaftAck) String() string {
 func (*RaftAck) ProtoMessage() {}
 
 func (x *RaftAck) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2009,7 +2009,7 @@ func (x *RaftAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftAck.ProtoReflect.Descriptor instead.
 func (*RaftAck) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{32}
+	return file_holdfast_proto_rawDescGZIP(), []int{32}
 }
 
 type ImportRequest struct {
@@ -2026,7 +2026,7 @@ type ImportRequest struct {
 
 func (x *ImportRequest) Reset() {
 	*x = ImportRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2038,7 @@ func (x *ImportRequest) String() string {
 func (*ImportRequest) ProtoMessage() {}
 
 func (x *ImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2051,7 @@ func (x *ImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportRequest.ProtoReflect.Descriptor instead.
 func (*ImportRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{33}
+	return file_holdfast_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ImportRequest) GetProject() string {
@@ -2105,7 +2105,7 @@ type ImportResponse struct {
 
 func (x *ImportResponse) Reset() {
 	*x = ImportResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2117,7 @@ func (x *ImportResponse) String() string {
 func (*ImportResponse) ProtoMessage() {}
 
 func (x *ImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2130,7 @@ func (x *ImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportResponse.ProtoReflect.Descriptor instead.
 func (*ImportResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{34}
+	return file_holdfast_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ImportResponse) GetLsn() uint64 {
@@ -2150,7 +2150,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2162,7 +2162,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2175,7 +2175,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{35}
+	return file_holdfast_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AttachRequest) GetProject() string {
@@ -2200,7 +2200,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +2212,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +2225,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{36}
+	return file_holdfast_proto_rawDescGZIP(), []int{36}
 }
 
 type ReadPoint struct {
@@ -2241,7 +2241,7 @@ type ReadPoint struct {
 
 func (x *ReadPoint) Reset() {
 	*x = ReadPoint{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2253,7 @@ func (x *ReadPoint) String() string {
 func (*ReadPoint) ProtoMessage() {}
 
 func (x *ReadPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2266,7 @@ func (x *ReadPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadPoint.ProtoReflect.Descriptor instead.
 func (*ReadPoint) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{37}
+	return file_holdfast_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReadPoint) GetProject() string {
@@ -2316,7 +2316,7 @@ type RelFork struct {
 
 func (x *RelFork) Reset() {
 	*x = RelFork{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +2328,7 @@ func (x *RelFork) String() string {
 func (*RelFork) ProtoMessage() {}
 
 func (x *RelFork) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +2341,7 @@ func (x *RelFork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelFork.ProtoReflect.Descriptor instead.
 func (*RelFork) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{38}
+	return file_holdfast_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RelFork) GetTablespace() uint32 {
@@ -2385,7 +2385,7 @@ type GetPagesRequest struct {
 
 func (x *GetPagesRequest) Reset() {
 	*x = GetPagesRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +2397,7 @@ func (x *GetPagesRequest) String() string {
 func (*GetPagesRequest) ProtoMessage() {}
 
 func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +2410,7 @@ func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesRequest.ProtoReflect.Descriptor instead.
 func (*GetPagesRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{39}
+	return file_holdfast_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetPagesRequest) GetAt() *ReadPoint {
@@ -2460,7 +2460,7 @@ type GetPagesResponse struct {
 
 func (x *GetPagesResponse) Reset() {
 	*x = GetPagesResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2472,7 +2472,7 @@ func (x *GetPagesResponse) String() string {
 func (*GetPagesResponse) ProtoMessage() {}
 
 func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2485,7 +2485,7 @@ func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesResponse.ProtoReflect.Descriptor instead.
 func (*GetPagesResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{40}
+	return file_holdfast_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetPagesResponse) GetPages() []byte {
@@ -2513,7 +2513,7 @@ type ListRelationsRequest struct {
 
 func (x *ListRelationsRequest) Reset() {
 	*x = ListRelationsRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2525,7 @@ func (x *ListRelationsRequest) String() string {
 func (*ListRelationsRequest) ProtoMessage() {}
 
 func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2538,7 @@ func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRelationsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{41}
+	return file_holdfast_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListRelationsRequest) GetAt() *ReadPoint {
@@ -2572,7 +2572,7 @@ type ListRelationsResponse struct {
 
 func (x *ListRelationsResponse) Reset() {
 	*x = ListRelationsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +2584,7 @@ func (x *ListRelationsResponse) String() string {
 func (*ListRelationsResponse) ProtoMessage() {}
 
 func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +2597,7 @@ func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRelationsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{42}
+	return file_holdfast_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListRelationsResponse) GetRelations() []*RelationSize {
@@ -2625,7 +2625,7 @@ type RelationSize struct {
 
 func (x *RelationSize) Reset() {
 	*x = RelationSize{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +2637,7 @@ func (x *RelationSize) String() string {
 func (*RelationSize) ProtoMessage() {}
 
 func (x *RelationSize) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,7 +2650,7 @@ func (x *RelationSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelationSize.ProtoReflect.Descriptor instead.
 func (*RelationSize) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{43}
+	return file_holdfast_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RelationSize) GetRelation() uint32 {
@@ -2684,7 +2684,7 @@ type ListSLRURequest struct {
 
 func (x *ListSLRURequest) Reset() {
 	*x = ListSLRURequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +2696,7 @@ func (x *ListSLRURequest) String() string {
 func (*ListSLRURequest) ProtoMessage() {}
 
 func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +2709,7 @@ func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRURequest.ProtoReflect.Descriptor instead.
 func (*ListSLRURequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{44}
+	return file_holdfast_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListSLRURequest) GetAt() *ReadPoint {
@@ -2736,7 +2736,7 @@ type ListSLRUResponse struct {
 
 func (x *ListSLRUResponse) Reset() {
 	*x = ListSLRUResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2748,7 @@ func (x *ListSLRUResponse) String() string {
 func (*ListSLRUResponse) ProtoMessage() {}
 
 func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2761,7 @@ func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRUResponse.ProtoReflect.Descriptor instead.
 func (*ListSLRUResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{45}
+	return file_holdfast_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListSLRUResponse) GetPages() []uint32 {
@@ -2787,7 +2787,7 @@ type StartupStateRequest struct {
 
 func (x *StartupStateRequest) Reset() {
 	*x = StartupStateRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2799,7 @@ func (x *StartupStateRequest) String() string {
 func (*StartupStateRequest) ProtoMessage() {}
 
 func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2812,7 @@ func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateRequest.ProtoReflect.Descriptor instead.
 func (*StartupStateRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{46}
+	return file_holdfast_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *StartupStateRequest) GetAt() *ReadPoint {
@@ -2836,7 +2836,7 @@ type StartupStateResponse struct {
 
 func (x *StartupStateResponse) Reset() {
 	*x = StartupStateResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +2848,7 @@ func (x *StartupStateResponse) String() string {
 func (*StartupStateResponse) ProtoMessage() {}
 
 func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +2861,7 @@ func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateResponse.ProtoReflect.Descriptor instead.
 func (*StartupStateResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{47}
+	return file_holdfast_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *StartupStateResponse) GetLsn() uint64 {
@@ -2916,7 +2916,7 @@ type NamedFile struct {
 
 func (x *NamedFile) Reset() {
 	*x = NamedFile{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +2928,7 @@ func (x *NamedFile) String() string {
 func (*NamedFile) ProtoMessage() {}
 
 func (x *NamedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +2941,7 @@ func (x *NamedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedFile.ProtoReflect.Descriptor instead.
 func (*NamedFile) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{48}
+	return file_holdfast_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NamedFile) GetPath() string {
@@ -2966,7 +2966,7 @@ type PageServerStatusRequest struct {
 
 func (x *PageServerStatusRequest) Reset() {
 	*x = PageServerStatusRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +2978,7 @@ func (x *PageServerStatusRequest) String() string {
 func (*PageServerStatusRequest) ProtoMessage() {}
 
 func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +2991,7 @@ func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusRequest.ProtoReflect.Descriptor instead.
 func (*PageServerStatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{49}
+	return file_holdfast_proto_rawDescGZIP(), []int{49}
 }
 
 type PageServerStatusResponse struct {
@@ -3003,7 +3003,7 @@ type PageServerStatusResponse struct {
 
 func (x *PageServerStatusResponse) Reset() {
 	*x = PageServerStatusResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3015,7 +3015,7 @@ func (x *PageServerStatusResponse) String() string {
 func (*PageServerStatusResponse) ProtoMessage() {}
 
 func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3028,7 +3028,7 @@ func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusResponse.ProtoReflect.Descriptor instead.
 func (*PageServerStatusResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{50}
+	return file_holdfast_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PageServerStatusResponse) GetBranches() []*PageServerBranch {
@@ -3055,7 +3055,7 @@ type PageServerBranch struct {
 
 func (x *PageServerBranch) Reset() {
 	*x = PageServerBranch{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +3067,7 @@ func (x *PageServerBranch) String() string {
 func (*PageServerBranch) ProtoMessage() {}
 
 func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +3080,7 @@ func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerBranch.ProtoReflect.Descriptor instead.
 func (*PageServerBranch) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{51}
+	return file_holdfast_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PageServerBranch) GetProject() string {
@@ -3161,7 +3161,7 @@ type RedoCheck struct {
 
 func (x *RedoCheck) Reset() {
 	*x = RedoCheck{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3173,7 +3173,7 @@ func (x *RedoCheck) String() string {
 func (*RedoCheck) ProtoMessage() {}
 
 func (x *RedoCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3186,7 +3186,7 @@ func (x *RedoCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedoCheck.ProtoReflect.Descriptor instead.
 func (*RedoCheck) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{52}
+	return file_holdfast_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RedoCheck) GetRecord() string {
@@ -3234,7 +3234,7 @@ type CredentialsResponse struct {
 
 func (x *CredentialsResponse) Reset() {
 	*x = CredentialsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3246,7 +3246,7 @@ func (x *CredentialsResponse) String() string {
 func (*CredentialsResponse) ProtoMessage() {}
 
 func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3259,7 +3259,7 @@ func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CredentialsResponse.ProtoReflect.Descriptor instead.
 func (*CredentialsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{53}
+	return file_holdfast_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CredentialsResponse) GetUser() string {
@@ -3284,7 +3284,7 @@ type ClusterStatusRequest struct {
 
 func (x *ClusterStatusRequest) Reset() {
 	*x = ClusterStatusRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3296,7 +3296,7 @@ func (x *ClusterStatusRequest) String() string {
 func (*ClusterStatusRequest) ProtoMessage() {}
 
 func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3309,7 +3309,7 @@ func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{54}
+	return file_holdfast_proto_rawDescGZIP(), []int{54}
 }
 
 // A part that does not answer is left out and named in errors.
@@ -3326,7 +3326,7 @@ type ClusterStatusResponse struct {
 
 func (x *ClusterStatusResponse) Reset() {
 	*x = ClusterStatusResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3338,7 @@ func (x *ClusterStatusResponse) String() string {
 func (*ClusterStatusResponse) ProtoMessage() {}
 
 func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3351,7 @@ func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{55}
+	return file_holdfast_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ClusterStatusResponse) GetEndpoints() []*Endpoint {
@@ -3399,7 +3399,7 @@ type ProjectKeyStatus struct {
 
 func (x *ProjectKeyStatus) Reset() {
 	*x = ProjectKeyStatus{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +3411,7 @@ func (x *ProjectKeyStatus) String() string {
 func (*ProjectKeyStatus) ProtoMessage() {}
 
 func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +3424,7 @@ func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProjectKeyStatus.ProtoReflect.Descriptor instead.
 func (*ProjectKeyStatus) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{56}
+	return file_holdfast_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ProjectKeyStatus) GetProject() string {
@@ -3449,7 +3449,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +3461,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +3474,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{57}
+	return file_holdfast_proto_rawDescGZIP(), []int{57}
 }
 
 type ListEndpointsResponse struct {
@@ -3486,7 +3486,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3498,7 +3498,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3511,7 +3511,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{58}
+	return file_holdfast_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -3530,7 +3530,7 @@ type EndpointRequest struct {
 
 func (x *EndpointRequest) Reset() {
 	*x = EndpointRequest{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3542,7 +3542,7 @@ func (x *EndpointRequest) String() string {
 func (*EndpointRequest) ProtoMessage() {}
 
 func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3555,7 +3555,7 @@ func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointRequest.ProtoReflect.Descriptor instead.
 func (*EndpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{59}
+	return file_holdfast_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *EndpointRequest) GetName() string {
@@ -3581,7 +3581,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3593,7 +3593,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_pb_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3606,7 +3606,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_internal_api_pb_holdfast_proto_rawDescGZIP(), []int{60}
+	return file_holdfast_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Endpoint) GetName() string {
@@ -3665,11 +3665,11 @@ func (x *Endpoint) GetError() string {
 	return ""
 }
 
-var File_internal_api_pb_holdfast_proto protoreflect.FileDescriptor
+var File_holdfast_proto protoreflect.FileDescriptor
 
-const file_internal_api_pb_holdfast_proto_rawDesc = "" +
+const file_holdfast_proto_rawDesc = "" +
 	"\n" +
-	"\x1einternal/api/pb/holdfast.proto\x12\vholdfast.v1\"\xaf\x02\n" +
+	"\x0eholdfast.proto\x12\vholdfast.v1\"\xaf\x02\n" +
 	"\vErrorDetail\x127\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x1f.holdfast.v1.ErrorDetail.ReasonR\x06reason\x12\x16\n" +
 	"\x06leader\x18\x02 \x01(\tR\x06leader\x12\x1b\n" +
@@ -3975,20 +3975,20 @@ const file_internal_api_pb_holdfast_proto_rawDesc = "" +
 	"\rClusterStatus\x12!.holdfast.v1.ClusterStatusRequest\x1a\".holdfast.v1.ClusterStatusResponseB0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
 
 var (
-	file_internal_api_pb_holdfast_proto_rawDescOnce sync.Once
-	file_internal_api_pb_holdfast_proto_rawDescData []byte
+	file_holdfast_proto_rawDescOnce sync.Once
+	file_holdfast_proto_rawDescData []byte
 )
 
-func file_internal_api_pb_holdfast_proto_rawDescGZIP() []byte {
-	file_internal_api_pb_holdfast_proto_rawDescOnce.Do(func() {
-		file_internal_api_pb_holdfast_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_internal_api_pb_holdfast_proto_rawDesc), len(file_internal_api_pb_holdfast_proto_rawDesc)))
+func file_holdfast_proto_rawDescGZIP() []byte {
+	file_holdfast_proto_rawDescOnce.Do(func() {
+		file_holdfast_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_holdfast_proto_rawDesc), len(file_holdfast_proto_rawDesc)))
 	})
-	return file_internal_api_pb_holdfast_proto_rawDescData
+	return file_holdfast_proto_rawDescData
 }
 
-var file_internal_api_pb_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_internal_api_pb_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
-var file_internal_api_pb_holdfast_proto_goTypes = []any{
+var file_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_holdfast_proto_goTypes = []any{
 	(ErrorDetail_Reason)(0),          // 0: holdfast.v1.ErrorDetail.Reason
 	(*ErrorDetail)(nil),              // 1: holdfast.v1.ErrorDetail
 	(*DEKContext)(nil),               // 2: holdfast.v1.DEKContext
@@ -4052,7 +4052,7 @@ var file_internal_api_pb_holdfast_proto_goTypes = []any{
 	(*EndpointRequest)(nil),          // 60: holdfast.v1.EndpointRequest
 	(*Endpoint)(nil),                 // 61: holdfast.v1.Endpoint
 }
-var file_internal_api_pb_holdfast_proto_depIdxs = []int32{
+var file_holdfast_proto_depIdxs = []int32{
 	0,  // 0: holdfast.v1.ErrorDetail.reason:type_name -> holdfast.v1.ErrorDetail.Reason
 	2,  // 1: holdfast.v1.GenerateDEKsRequest.contexts:type_name -> holdfast.v1.DEKContext
 	9,  // 2: holdfast.v1.GenerateDEKsResponse.deks:type_name -> holdfast.v1.DEK
@@ -4135,27 +4135,27 @@ var file_internal_api_pb_holdfast_proto_depIdxs = []int32{
 	0,  // [0:23] is the sub-list for field type_name
 }
 
-func init() { file_internal_api_pb_holdfast_proto_init() }
-func file_internal_api_pb_holdfast_proto_init() {
-	if File_internal_api_pb_holdfast_proto != nil {
+func init() { file_holdfast_proto_init() }
+func file_holdfast_proto_init() {
+	if File_holdfast_proto != nil {
 		return
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_pb_holdfast_proto_rawDesc), len(file_internal_api_pb_holdfast_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_holdfast_proto_rawDesc), len(file_holdfast_proto_rawDesc)),
 			NumEnums:      1,
 			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
-		GoTypes:           file_internal_api_pb_holdfast_proto_goTypes,
-		DependencyIndexes: file_internal_api_pb_holdfast_proto_depIdxs,
-		EnumInfos:         file_internal_api_pb_holdfast_proto_enumTypes,
-		MessageInfos:      file_internal_api_pb_holdfast_proto_msgTypes,
+		GoTypes:           file_holdfast_proto_goTypes,
+		DependencyIndexes: file_holdfast_proto_depIdxs,
+		EnumInfos:         file_holdfast_proto_enumTypes,
+		MessageInfos:      file_holdfast_proto_msgTypes,
 	}.Build()
-	File_internal_api_pb_holdfast_proto = out.File
-	file_internal_api_pb_holdfast_proto_goTypes = nil
-	file_internal_api_pb_holdfast_proto_depIdxs = nil
+	File_holdfast_proto = out.File
+	file_holdfast_proto_goTypes = nil
+	file_holdfast_proto_depIdxs = nil
 }

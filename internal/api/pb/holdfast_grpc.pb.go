@@ -11,7 +11,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: internal/api/pb/holdfast.proto
+// source: holdfast.proto
 
 package pb
 
@@ -286,7 +286,7 @@ var KeyManager_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -674,7 +674,7 @@ var Safekeeper_ServiceDesc = grpc.ServiceDesc{
 			ClientStreams: true,
 		},
 	},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -1012,7 +1012,7 @@ var PageServer_ServiceDesc = grpc.ServiceDesc{
 			ClientStreams: true,
 		},
 	},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
 
 const (
@@ -1312,5 +1312,5 @@ var Manager_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
-	Metadata: "internal/api/pb/holdfast.proto",
+	Metadata: "holdfast.proto",
 }
