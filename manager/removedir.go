@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -27,7 +28,8 @@ func removeDir(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// mountsBelow lists the mount points in dir, the newest first.
+// mountsBelow lists the mount points in dir, without those inside another: the outer takes
+// them along, and has to go first, since a dead mount does not let anybody pass.
 func mountsBelow(dir string) ([]string, error) {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -40,8 +42,10 @@ func mountsBelow(dir string) ([]string, error) {
 		if len(f) < 5 {
 			continue
 		}
-		if at := unescape.Replace(f[4]); at == dir || strings.HasPrefix(at, dir+"/") {
-			found = append([]string{at}, found...)
+		at := unescape.Replace(f[4])
+		inside := func(outer string) bool { return strings.HasPrefix(at, outer+"/") }
+		if (at == dir || inside(dir)) && !slices.ContainsFunc(found, inside) {
+			found = append(found, at)
 		}
 	}
 	return found, nil

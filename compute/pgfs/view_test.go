@@ -65,6 +65,8 @@ func TestWritesAreDelayedButForWAL(t *testing.T) {
 	if _, err := unix.Pwrite(openFile(t, filepath.Join(dir, segment)), page, 0); err != nil {
 		t.Fatal(err)
 	}
+	wal.mu.Lock()
+	defer wal.mu.Unlock()
 	if got, err := fs.ReadFile("pg_wal/" + segment); err != nil || !bytes.Equal(got, page) || len(wal.writes) != 1 {
 		t.Errorf("of WAL the agent has %d bytes, %v; passed on: %v", len(got), err, wal.writes)
 	}

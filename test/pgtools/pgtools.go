@@ -175,8 +175,8 @@ func (t Target) Amcheck(ctx context.Context) error {
 // Dump writes a pg_dump of the target's database to a file, without what differs between
 // two dumps of the same content: the tool's random restrict key, and where sequences stand
 // (PostgreSQL skips up to 32 values at a crash).
-func (t Target) Dump(ctx context.Context, file string) error {
-	out, err := t.Run(ctx, "pg_dump", "--no-sync", t.Database)
+func (t Target) Dump(ctx context.Context, file string, options ...string) error {
+	out, err := t.Run(ctx, "pg_dump", append(append([]string{"--no-sync"}, options...), t.Database)...)
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -91,7 +92,7 @@ func WaitNone(dir string, timeout time.Duration) error {
 	}
 }
 
-// Mounts lists the mount points below dir, the newest first.
+// Mounts lists the mount points below dir, without those inside another.
 func Mounts(dir string) []string {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -100,8 +101,9 @@ func Mounts(dir string) []string {
 	var found []string
 	for line := range strings.Lines(string(data)) {
 		f := strings.Fields(line)
-		if len(f) > 4 && (f[4] == dir || strings.HasPrefix(f[4], dir+"/")) {
-			found = append([]string{f[4]}, found...)
+		inside := func(outer string) bool { return strings.HasPrefix(f[4], outer+"/") }
+		if len(f) > 4 && (f[4] == dir || inside(dir)) && !slices.ContainsFunc(found, inside) {
+			found = append(found, f[4])
 		}
 	}
 	return found
