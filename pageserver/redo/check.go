@@ -77,6 +77,7 @@ var masks = [256]func(p page, block uint32) error{
 	rmHeap2:   maskHeap,
 	rmHeap:    maskHeap,
 	rmBtree:   maskBtree,
+	rmHash:    maskHash,
 	rmSeq:     maskStandard,
 	rmGeneric: maskStandard,
 }
@@ -141,13 +142,18 @@ func maskBtree(p page, _ uint32) error {
 		return err
 	}
 	if q.flags()&btpLeaf != 0 { // LP_DEAD is a hint
-		for n := 1; n <= p.maxOffset(); n++ {
-			if item := p.rawItem(n); item.flags() != lpUnused {
-				p.setItem(n, makeItem(item.off(), lpUnused, item.len()))
-			}
-		}
+		p.maskItemFlags()
 	}
 	q.clearFlags(btpHasGarbage | btpSplitEnd)
 	q.setCycleID(0)
 	return nil
+}
+
+// maskItemFlags blanks what line pointers say of their items (mask_lp_flags).
+func (p page) maskItemFlags() {
+	for n := 1; n <= p.maxOffset(); n++ {
+		if item := p.rawItem(n); item.flags() != lpUnused {
+			p.setItem(n, makeItem(item.off(), lpUnused, item.len()))
+		}
+	}
 }

@@ -71,6 +71,7 @@ const (
 	rmHeap2     = 9
 	rmHeap      = 10
 	rmBtree     = 11
+	rmHash      = 12
 	rmSeq       = 15
 	rmCommitTS  = 18
 	rmGeneric   = 20
@@ -83,6 +84,7 @@ var managers = [256]func(*op) error{
 	rmHeap2:   redoHeap2,
 	rmHeap:    redoHeap,
 	rmBtree:   redoBtree,
+	rmHash:    redoHash,
 	rmSeq:     redoSeq,
 	rmGeneric: redoGeneric,
 }

@@ -37,6 +37,7 @@ const (
 	unknownPages pageKind = iota
 	heapPages
 	btreePages
+	hashPages
 	sequencePages
 	otherPages // index kinds that leave no hints
 )
@@ -187,6 +188,8 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 		le.PutUint16(p[10:], le.Uint16(p[10:])&^7) // hints in pd_flags
 		clear(p[20:24])                            // pd_prune_xid
 	}
+	hash := kind == hashPages && special == len(p)-16
+	dead := kind == btreePages || hash && p[special+12]&3 != 0 // line pointers may say so, as a hint; in hash, not those of meta and bitmap pages
 	used := make([]bool, len(p))
 	for at := 24; at+4 <= lower; at += 4 {
 		item := le.Uint32(p[at:])
@@ -197,7 +200,7 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 			}
 		}
 		switch {
-		case kind == btreePages && primary && flags == 3:
+		case dead && primary && flags == 3:
 			le.PutUint32(p[at:], item&^(3<<15)|1<<15)
 		case kind == heapPages && primary && flags == 1 && n >= 23:
 			maskTuple(p[off : off+n])
@@ -209,6 +212,9 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 		if !used[i] {
 			p[i] = 0
 		}
+	}
+	if hash && primary {
+		p[special+12] &^= 1 << 7 // LH_PAGE_HAS_DEAD_TUPLES
 	}
 	if kind == btreePages && special == len(p)-16 {
 		le.PutUint16(p[special+12:], le.Uint16(p[special+12:])&^(1<<5|1<<6)) // SPLIT_END, HAS_GARBAGE

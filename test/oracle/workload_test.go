@@ -26,6 +26,7 @@ func workload(s *server) map[pg.RelFileNode]pageKind {
 	speculation(s, c)
 	transactions(s, c)
 	otherIndexes(c)
+	hashIndexes(c)
 	c.exec("ALTER SYSTEM SET wal_compression = zstd", "SELECT pg_reload_conf()")
 	databases(s, c)
 	ddl(s, c)
@@ -375,6 +376,8 @@ func relationKinds(s *server, c *session) map[pg.RelFileNode]pageKind {
 				kind = heapPages
 			case r[4] == "btree":
 				kind = btreePages
+			case r[4] == "hash":
+				kind = hashPages
 			case r[3] == "S":
 				kind = sequencePages
 			}
