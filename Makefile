@@ -8,7 +8,7 @@ export GOFLAGS ?= -trimpath
 E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/smoke
 UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|smoke)$$')
 
-.PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test
+.PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test setup-suites test-postgres
 
 run: setup-run build ## a cluster over ./data, then psql in it
 	@scripts/run.sh $(ARGS)
@@ -43,6 +43,9 @@ soak: build ## kills without end: HOLDFAST_SOAK=8h (default: until stopped), HOL
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_SOAK=$${HOLDFAST_SOAK:-forever} \
 		go test ./test/torture -run '^TestTorture$$' -count=1 -v -timeout 0
 
+test-postgres: setup-suites build ## PostgreSQL's own test suites against an endpoint; ARGS=-consistency compares each record's redo
+	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/pgsuites $(ARGS)
+
 bench: build ## against stock PostgreSQL; ARGS=-short for a quick look
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/bench $(ARGS)
 
@@ -54,3 +57,6 @@ setup-run:
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-suites:
+	@scripts/setup.sh suites

@@ -3,6 +3,7 @@
 # Ubuntu it uses apt, as root or through sudo; elsewhere it says what to install and ends.
 #   scripts/setup.sh run    what running needs
 #   scripts/setup.sh test   that, and what testing needs
+#   scripts/setup.sh suites that, and what PostgreSQL's own test programs are built with
 set -euo pipefail
 purpose=${1:-run}
 pg_major=15
@@ -29,13 +30,16 @@ fi
 if ! command -v fusermount3 >/dev/null; then
 	need fuse3 "mounts an endpoint's data directory"
 fi
-if [ "$purpose" = test ]; then
+if [ "$purpose" = test ] || [ "$purpose" = suites ]; then
 	if [ -n "$pg_bin" ] && ! { [ -x "$pg_bin/pg_amcheck" ] && [ -x "$pg_bin/pgbench" ]; }; then
 		need "postgresql-client-$pg_major" "pg_amcheck, pg_dump and pgbench, by which the tests judge"
 	fi
 	if ! command -v "${CC:-cc}" >/dev/null && ! command -v gcc >/dev/null; then
 		need gcc "Go's race detector needs a C compiler"
 		need libc6-dev "Go's race detector needs the C library's headers"
+	fi
+	if [ "$purpose" = suites ] && ! command -v make >/dev/null; then
+		need make "builds PostgreSQL's test programs"
 	fi
 fi
 

@@ -25,6 +25,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/test/cluster"
 	"github.com/holdfastdb/holdfast/test/pgtools"
+	"github.com/holdfastdb/holdfast/test/proc"
 )
 
 type options struct {
@@ -92,7 +93,7 @@ func run(ctx context.Context, o options) (err error) {
 	defer func() {
 		err = errors.Join(err, c.KillAll())
 		if err == nil {
-			err = os.RemoveAll(dir)
+			err = proc.RemoveAll(dir)
 		} else {
 			fmt.Println("what is left is in", dir)
 		}
