@@ -78,6 +78,7 @@ var masks = [256]func(p page, block uint32) error{
 	rmHeap:    maskHeap,
 	rmBtree:   maskBtree,
 	rmHash:    maskHash,
+	rmGist:    maskGist,
 	rmSeq:     maskStandard,
 	rmGeneric: maskStandard,
 }

@@ -72,6 +72,7 @@ const (
 	rmHeap      = 10
 	rmBtree     = 11
 	rmHash      = 12
+	rmGist      = 14
 	rmSeq       = 15
 	rmCommitTS  = 18
 	rmGeneric   = 20
@@ -85,8 +86,15 @@ var managers = [256]func(*op) error{
 	rmHeap:    redoHeap,
 	rmBtree:   redoBtree,
 	rmHash:    redoHash,
+	rmGist:    redoGist,
 	rmSeq:     redoSeq,
 	rmGeneric: redoGeneric,
+}
+
+// restored has what a manager's redo still does to a page that the record's image
+// restored (BLK_RESTORED).
+var restored = [256]func(*op) error{
+	rmGist: restoredGist,
 }
 
 // Apply changes page, 8 KiB, which key names, as rec does, and stamps rec.End on
@@ -161,6 +169,9 @@ func applyRef(o *op) error {
 		}
 		if !o.page.isNew() {
 			o.page.setLSN(o.rec.End)
+		}
+		if fn := restored[o.rec.RmID]; fn != nil {
+			return fn(o)
 		}
 		return nil
 	case !o.blk.WillInit && o.page.lsn() >= o.rec.End:

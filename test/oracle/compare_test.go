@@ -38,6 +38,7 @@ const (
 	heapPages
 	btreePages
 	hashPages
+	gistPages
 	sequencePages
 	otherPages // index kinds that leave no hints
 )
@@ -189,7 +190,7 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 		clear(p[20:24])                            // pd_prune_xid
 	}
 	hash := kind == hashPages && special == len(p)-16
-	dead := kind == btreePages || hash && p[special+12]&3 != 0 // line pointers may say so, as a hint; in hash, not those of meta and bitmap pages
+	dead := kind == btreePages || kind == gistPages || hash && p[special+12]&3 != 0 // line pointers may say so, as a hint; in hash, not those of meta and bitmap pages
 	used := make([]bool, len(p))
 	for at := 24; at+4 <= lower; at += 4 {
 		item := le.Uint32(p[at:])
@@ -215,6 +216,9 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 	}
 	if hash && primary {
 		p[special+12] &^= 1 << 7 // LH_PAGE_HAS_DEAD_TUPLES
+	}
+	if kind == gistPages && primary && special == len(p)-16 {
+		p[special+12] &^= 1<<2 | 1<<4 // TUPLES_DELETED, which recovery sets in more cases, and HAS_GARBAGE
 	}
 	if kind == btreePages && special == len(p)-16 {
 		le.PutUint16(p[special+12:], le.Uint16(p[special+12:])&^(1<<5|1<<6)) // SPLIT_END, HAS_GARBAGE

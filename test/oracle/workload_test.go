@@ -27,6 +27,7 @@ func workload(s *server) map[pg.RelFileNode]pageKind {
 	transactions(s, c)
 	otherIndexes(c)
 	hashIndexes(c)
+	gistIndexes(c)
 	c.exec("ALTER SYSTEM SET wal_compression = zstd", "SELECT pg_reload_conf()")
 	databases(s, c)
 	ddl(s, c)
@@ -378,6 +379,8 @@ func relationKinds(s *server, c *session) map[pg.RelFileNode]pageKind {
 				kind = btreePages
 			case r[4] == "hash":
 				kind = hashPages
+			case r[4] == "gist":
+				kind = gistPages
 			case r[3] == "S":
 				kind = sequencePages
 			}
