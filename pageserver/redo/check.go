@@ -78,8 +78,10 @@ var masks = [256]func(p page, block uint32) error{
 	rmHeap:    maskHeap,
 	rmBtree:   maskBtree,
 	rmHash:    maskHash,
+	rmGIN:     maskGIN,
 	rmGist:    maskGist,
 	rmSeq:     maskStandard,
+	rmBRIN:    maskBRIN,
 	rmGeneric: maskStandard,
 }
 
@@ -93,10 +95,16 @@ func maskStandard(p page, _ uint32) error {
 	return nil
 }
 
-// maskHints also blanks the hints in the header.
-func maskHints(p page) error {
+// maskHeader blanks LSN, checksum and the header's hints.
+func maskHeader(p page) {
+	clear(p[:offFlags])
 	p.clearFlag(pdPageFull | pdHasFreeLines | pdAllVisible)
 	clear(p[offPruneXid:headerSize])
+}
+
+// maskHints is maskStandard and blanks the hints in the header, too.
+func maskHints(p page) error {
+	maskHeader(p)
 	return maskStandard(p, 0)
 }
 

@@ -43,6 +43,22 @@ func (p page) deleteOne(n int) error {
 	return nil
 }
 
+// deleteNoCompact is deleteOne, but the other tuples keep their offset numbers: the
+// line pointer stays, unused, unless it is the last one (PageIndexTupleDeleteNoCompact).
+func (p page) deleteNoCompact(n int) error {
+	off, size, err := p.checkedIndexItem(n)
+	if err != nil {
+		return err
+	}
+	if n < p.maxOffset() {
+		p.setItem(n, 0)
+	} else {
+		p.setLower(p.lower() - itemIDSize)
+	}
+	p.shift(off, size)
+	return nil
+}
+
 // deleteMany removes line pointers, given in ascending order, with their tuples
 // (PageIndexMultiDelete, which for one or two removes them singly: the physical
 // order of the remaining tuples depends on that).

@@ -147,6 +147,7 @@ func (p page) indexTuple(n int) ([]byte, error) {
 const (
 	addIndex = iota // line pointers from there on shift up by one
 	addHeap         // it must be an unused line pointer; MaxHeapTuplesPerPage holds
+	addFree         // it must be an unused line pointer
 )
 
 // addItem puts a tuple at offset number n (PageAddItemExtended with a given offset).
@@ -155,14 +156,12 @@ func (p page) addItem(tuple []byte, n, mode int) error {
 	if n < 1 || n > limit {
 		return fmt.Errorf("cannot add an item at offset number %d: the first free one is %d", n, limit)
 	}
-	if mode == addHeap {
-		if n > maxHeapTuples {
-			return fmt.Errorf("offset number %d is above MaxHeapTuplesPerPage", n)
-		}
-		if n < limit {
-			if item := p.rawItem(n); item.flags() != lpUnused || item.len() != 0 {
-				return fmt.Errorf("offset number %d is in use already", n)
-			}
+	if mode == addHeap && n > maxHeapTuples {
+		return fmt.Errorf("offset number %d is above MaxHeapTuplesPerPage", n)
+	}
+	if mode != addIndex && n < limit {
+		if item := p.rawItem(n); item.flags() != lpUnused || item.len() != 0 {
+			return fmt.Errorf("offset number %d is in use already", n)
 		}
 	}
 	shuffle := mode == addIndex && n < limit

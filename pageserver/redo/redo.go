@@ -72,8 +72,10 @@ const (
 	rmHeap      = 10
 	rmBtree     = 11
 	rmHash      = 12
+	rmGIN       = 13
 	rmGist      = 14
 	rmSeq       = 15
+	rmBRIN      = 17
 	rmCommitTS  = 18
 	rmGeneric   = 20
 )
@@ -86,8 +88,10 @@ var managers = [256]func(*op) error{
 	rmHeap:    redoHeap,
 	rmBtree:   redoBtree,
 	rmHash:    redoHash,
+	rmGIN:     redoGIN,
 	rmGist:    redoGist,
 	rmSeq:     redoSeq,
+	rmBRIN:    redoBRIN,
 	rmGeneric: redoGeneric,
 }
 
