@@ -152,7 +152,8 @@ var required = strings.Fields(`
 	Hash/SPLIT_COMPLETE Hash/MOVE_PAGE_CONTENTS Hash/SQUEEZE_PAGE Hash/DELETE Hash/SPLIT_CLEANUP Hash/UPDATE_META_PAGE
 	Hash/VACUUM_ONE_PAGE
 	Gist/PAGE_UPDATE Gist/DELETE Gist/PAGE_REUSE Gist/PAGE_SPLIT Gist/PAGE_DELETE
-	Sequence/LOG CommitTs/ZEROPAGE Generic LogicalMessage`)
+	Sequence/LOG CommitTs/ZEROPAGE CommitTs/TRUNCATE ReplicationOrigin/SET ReplicationOrigin/DROP
+	Tablespace/CREATE Tablespace/DROP Generic LogicalMessage`)
 
 func report(t *testing.T, tallies map[string]*tally) {
 	var b strings.Builder

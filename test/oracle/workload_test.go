@@ -40,6 +40,7 @@ func workload(s *server) map[pg.RelFileNode]pageKind {
 	s.start()
 	c = s.connect("postgres")
 	logical(s, c)
+	rareRecords(c)
 	freezeAll(s, c)
 	transactionsLeft(c)
 	mixed(s)
