@@ -38,6 +38,8 @@ const (
 	heapPages
 	btreePages
 	hashPages
+	ginPages
+	brinPages
 	gistPages
 	sequencePages
 	otherPages // index kinds that leave no hints
@@ -184,7 +186,16 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 	if lower < 24 || lower > upper || upper > special || special > len(p) {
 		return nil, fmt.Errorf("corrupt header: lower %d upper %d special %d", lower, upper, special)
 	}
-	clear(p[lower:upper])
+	if special != len(p)-8 || le.Uint16(p[len(p)-2:]) != 0xF092 { // BRIN's range map, which is all TIDs
+		clear(p[lower:upper])
+	}
+	if kind == ginPages && primary && special == len(p)-8 && le.Uint16(p[len(p)-2:]) == 1<<2 {
+		clear(p[8 : len(p)-2]) // from the pending list, deleted: the primary leaves it as it is
+		return p, nil
+	}
+	if kind == brinPages && primary && special == len(p)-8 {
+		p[len(p)-4] &^= 1 // BRIN_EVACUATE_PAGE
+	}
 	if kind == heapPages || kind == btreePages {
 		le.PutUint16(p[10:], le.Uint16(p[10:])&^7) // hints in pd_flags
 		clear(p[20:24])                            // pd_prune_xid

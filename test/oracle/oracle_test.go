@@ -151,6 +151,10 @@ var required = strings.Fields(`
 	Hash/INIT_META_PAGE Hash/INIT_BITMAP_PAGE Hash/INSERT Hash/ADD_OVFL_PAGE Hash/SPLIT_ALLOCATE_PAGE Hash/SPLIT_PAGE
 	Hash/SPLIT_COMPLETE Hash/MOVE_PAGE_CONTENTS Hash/SQUEEZE_PAGE Hash/DELETE Hash/SPLIT_CLEANUP Hash/UPDATE_META_PAGE
 	Hash/VACUUM_ONE_PAGE
+	Gin/CREATE_PTREE Gin/INSERT Gin/SPLIT Gin/VACUUM_PAGE Gin/VACUUM_DATA_LEAF_PAGE Gin/DELETE_PAGE Gin/UPDATE_META_PAGE
+	Gin/INSERT_LISTPAGE Gin/DELETE_LISTPAGE
+	BRIN/CREATE_INDEX BRIN/INSERT BRIN/INSERT+INIT BRIN/UPDATE BRIN/UPDATE+INIT BRIN/SAMEPAGE_UPDATE BRIN/REVMAP_EXTEND
+	BRIN/DESUMMARIZE
 	Gist/PAGE_UPDATE Gist/DELETE Gist/PAGE_REUSE Gist/PAGE_SPLIT Gist/PAGE_DELETE
 	Sequence/LOG CommitTs/ZEROPAGE CommitTs/TRUNCATE ReplicationOrigin/SET ReplicationOrigin/DROP
 	Tablespace/CREATE Tablespace/DROP Generic LogicalMessage`)
@@ -185,5 +189,6 @@ func checkable(name string) bool {
 	if manager == "Gist" {
 		return name != "Gist/DELETE" // see gistDeadItems
 	}
-	return slices.Contains([]string{"Heap", "Heap2", "Btree", "Hash", "Sequence", "Generic"}, manager) && name != "Hash/SPLIT_PAGE"
+	return slices.Contains([]string{"Heap", "Heap2", "Btree", "Hash", "Gin", "BRIN", "Sequence", "Generic"}, manager) &&
+		name != "Hash/SPLIT_PAGE" && name != "Gin/VACUUM_PAGE"
 }

@@ -26,6 +26,8 @@ func workload(s *server) map[pg.RelFileNode]pageKind {
 	speculation(s, c)
 	transactions(s, c)
 	otherIndexes(c)
+	brinIndexes(c)
+	ginIndexes(c)
 	hashIndexes(c)
 	gistIndexes(c)
 	c.exec("ALTER SYSTEM SET wal_compression = zstd", "SELECT pg_reload_conf()")
@@ -380,6 +382,10 @@ func relationKinds(s *server, c *session) map[pg.RelFileNode]pageKind {
 				kind = btreePages
 			case r[4] == "hash":
 				kind = hashPages
+			case r[4] == "gin":
+				kind = ginPages
+			case r[4] == "brin":
+				kind = brinPages
 			case r[4] == "gist":
 				kind = gistPages
 			case r[3] == "S":
