@@ -6,5 +6,6 @@
 // recovered from the same WAL.
 //
 // The replay here is small and shares nothing with pageserver/ingest: a second opinion on
-// which pages, sizes and files a record concerns.
+// which pages, sizes and files a record concerns. Ingest follows the same WAL beside it, and
+// must come to the same sizes, files and counters.
 package oracle

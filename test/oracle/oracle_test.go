@@ -60,10 +60,12 @@ func TestOracle(t *testing.T) {
 	if *rewrite {
 		r.corpus = &corpus{seen: map[[3]uint8]int{}}
 	}
+	r.ingest = newIngester(r)
 	replaying := time.Now()
 	r.replay(filepath.Join(primary.dir, "pg_wal"), end.control.CheckPoint)
 	t.Logf("replay: %d MB of WAL in %.1f s", r.bytes>>20, time.Since(replaying).Seconds())
 	report(t, r.tallies)
+	r.ingest.report()
 	if *rewrite {
 		writeCompressed(t, "../../pageserver/redo/testdata/pages.zst", r.corpus.file)
 		writeCompressed(t, "../../internal/walrec/testdata/wal.zst", walStretch(t, filepath.Join(primary.dir, "pg_wal"), r.switches))

@@ -39,6 +39,7 @@ type replayer struct {
 	blanked map[pg.RelTag]bool
 	errors  int
 
+	ingest   *ingester
 	corpus   *corpus // nil unless it is to be written
 	switches []walrec.RawRecord
 }
@@ -113,6 +114,9 @@ func (r *replayer) apply(rec *walrec.Record) error {
 		r.tallies[name] = c
 	}
 	c.records++
+	if err := r.ingest.apply(rec); err != nil {
+		return fmt.Errorf("ingest: %w", err)
+	}
 	r.control.CheckPointCopy.AdvanceXid(rec.Xid)
 	for i := range rec.Blocks {
 		if err := r.block(rec, &rec.Blocks[i], c); err != nil {
