@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/holdfastdb/holdfast/compute/pgproc"
 	"github.com/holdfastdb/holdfast/internal/config"
 )
 
@@ -55,6 +57,26 @@ func (l layout) runDir() string {
 	return filepath.Join(os.TempDir(), "holdfast-"+strconv.Itoa(os.Getuid())+"-"+hex.EncodeToString(sum[:6]))
 }
 
+// elsewhere is where the endpoints' folders are if they cannot be in the data directory. Only
+// root needs and only root makes it.
+const elsewhere = "/var/lib/holdfast"
+
+// computeDir holds the endpoints' folders, in which nothing is durable: in the data directory,
+// unless Postgres's user may not pass through to it, as below root's home. why is empty then.
+func (l layout) computeDir() (dir, why string) {
+	user, err := pgproc.FindUser()
+	if err == nil {
+		err = user.MayEnter(l.dir)
+	}
+	var refused *pgproc.NoPassageError
+	if !errors.As(err, &refused) {
+		return l.path("compute"), "" // what else is wrong is said where it matters
+	}
+	sum := sha256.Sum256([]byte(l.dir))
+	dir = filepath.Join(elsewhere, "compute-"+hex.EncodeToString(sum[:6]))
+	return dir, fmt.Sprintf("endpoints' local files, none of them durable, are in %s, since user %s may not pass through %s", dir, refused.User, refused.Dir)
+}
+
 func (l layout) socket(role string) string { return "unix:" + filepath.Join(l.runDir(), role) }
 
 func (l layout) safekeeper(id uint64) string { return "safekeeper" + strconv.FormatUint(id, 10) }
@@ -89,8 +111,8 @@ func (l layout) pageserverConfig() *config.Pageserver {
 		Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs()}
 }
 
-func (l layout) managerConfig(f upFlags) *config.Manager {
-	return &config.Manager{Listen: l.socket("manager"), Dir: l.path("manager"), ComputeDir: l.path("compute"), LogDir: l.path("log"),
+func (l layout) managerConfig(f upFlags, computeDir string) *config.Manager {
+	return &config.Manager{Listen: l.socket("manager"), Dir: l.path("manager"), ComputeDir: computeDir, LogDir: l.path("log"),
 		Bucket: l.bucket(), Keymgr: l.socket("keymgr"), Safekeepers: l.safekeeperAddrs(), Pageserver: l.socket("pageserver"),
 		CMK: cmk, EndpointListen: f.listen, PasswordFile: f.passwordFile, Settings: f.settings, CacheBytes: f.cacheBytes}
 }

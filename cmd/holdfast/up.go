@@ -142,7 +142,11 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		err = add(startPageserver(l.pageserverConfig(), log))
 	}
 	if err == nil {
-		s, m, startErr := startManager(ctx, l.managerConfig(f), true, log, progress)
+		computeDir, why := l.computeDir()
+		if why != "" {
+			progress(why)
+		}
+		s, m, startErr := startManager(ctx, l.managerConfig(f, computeDir), true, log, progress)
 		if err = add(s, startErr); err == nil {
 			url, err = m.URL()
 		}

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/holdfastdb/holdfast/test/testenv"
 )
 
 func TestParseSize(t *testing.T) {
@@ -138,5 +140,33 @@ func TestLongPathsGetAnotherFolderForSockets(t *testing.T) {
 	far := layout{dir: "/" + strings.Repeat("d", 200)}
 	if got := far.runDir(); len(got) > maxRunDir || got != far.runDir() {
 		t.Errorf("runDir %q is too long for sockets, or not always the same", got)
+	}
+}
+
+// As root below a folder like /root, Postgres's user could not reach its data directory.
+func TestComputeDirIsOneThatPostgresReaches(t *testing.T) {
+	testenv.NeedRoot(t)
+	testenv.NeedPostgres(t)
+	closed := filepath.Join(testenv.TempDir(t), "closed")
+	l := layout{dir: filepath.Join(closed, "data")}
+	if err := os.MkdirAll(l.dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if dir, why := l.computeDir(); dir != l.path("compute") || why != "" {
+		t.Errorf("below an open folder: %s (%s)", dir, why)
+	}
+	if err := os.Chmod(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	dir, why := l.computeDir()
+	if filepath.Dir(dir) != elsewhere || !strings.Contains(why, closed) {
+		t.Errorf("below a closed folder: %s (%s)", dir, why)
+	}
+	second := layout{dir: l.dir + "2"}
+	if err := os.Mkdir(second.dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if other, _ := second.computeDir(); other == dir || filepath.Dir(other) != elsewhere {
+		t.Errorf("two data directories share a folder: %s, %s", dir, other)
 	}
 }

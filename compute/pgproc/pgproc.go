@@ -78,6 +78,13 @@ func FindUser() (User, error) {
 	return User{Name: u.Username, UID: uint32(uid), GID: uint32(gid), Drop: os.Geteuid() == 0}, nil
 }
 
+// A NoPassageError names a folder through which a user may not pass.
+type NoPassageError struct{ User, Dir string }
+
+func (e *NoPassageError) Error() string {
+	return fmt.Sprintf("user %s, as whom Postgres runs, may not pass through the folder %s: chmod o+x %s, or choose another data directory", e.User, e.Dir, e.Dir)
+}
+
 // MayEnter tells which folder on the way to dir the user may not pass through.
 func (u User) MayEnter(dir string) error {
 	if !u.Drop {
@@ -90,7 +97,7 @@ func (u User) MayEnter(dir string) error {
 		}
 		mode := st.Mode
 		if !(mode&0o001 != 0 || st.Gid == u.GID && mode&0o010 != 0 || st.Uid == u.UID && mode&0o100 != 0) {
-			return fmt.Errorf("user %s, as whom Postgres runs, may not pass through the folder %s: chmod o+x %s, or choose another data directory", u.Name, d, d)
+			return &NoPassageError{User: u.Name, Dir: d}
 		}
 		if d == filepath.Dir(d) {
 			return nil
