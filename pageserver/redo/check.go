@@ -82,6 +82,7 @@ var masks = [256]func(p page, block uint32) error{
 	rmGist:    maskGist,
 	rmSeq:     maskStandard,
 	rmBRIN:    maskBRIN,
+	rmSPGist:  maskSPGist,
 	rmGeneric: maskStandard,
 }
 

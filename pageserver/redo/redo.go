@@ -9,8 +9,8 @@
 // (SLRUPages), the free space map (FreeSpaceBlock: a hint, kept apart since its
 // value depends on another page; package pageread takes it from there when the map
 // is read). There is one file per resource manager and one
-// table of them; index kinds without an entry yet give an *UnsupportedError unless
-// the record carries the whole page.
+// table of them; a manager without an entry, an extension's, gives an *UnsupportedError
+// unless the record carries the whole page.
 //
 // Check compares a page with the image that PostgreSQL adds to each record under
 // wal_consistency_checking, which makes PostgreSQL itself the oracle of the tests.
@@ -76,6 +76,7 @@ const (
 	rmGist      = 14
 	rmSeq       = 15
 	rmBRIN      = 17
+	rmSPGist    = 16
 	rmCommitTS  = 18
 	rmGeneric   = 20
 )
@@ -92,6 +93,7 @@ var managers = [256]func(*op) error{
 	rmGist:    redoGist,
 	rmSeq:     redoSeq,
 	rmBRIN:    redoBRIN,
+	rmSPGist:  redoSPGist,
 	rmGeneric: redoGeneric,
 }
 

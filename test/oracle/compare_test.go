@@ -41,6 +41,7 @@ const (
 	ginPages
 	brinPages
 	gistPages
+	spgistPages
 	sequencePages
 	otherPages // index kinds that leave no hints
 )
@@ -227,6 +228,9 @@ func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, er
 	}
 	if hash && primary {
 		p[special+12] &^= 1 << 7 // LH_PAGE_HAS_DEAD_TUPLES
+	}
+	if kind == spgistPages && primary && special == len(p)-8 && p[special]&1 != 0 {
+		clear(p[24:lower]) // the metapage: which pages were used last is not in WAL
 	}
 	if kind == gistPages && primary && special == len(p)-16 {
 		p[special+12] &^= 1<<2 | 1<<4 // TUPLES_DELETED, which recovery sets in more cases, and HAS_GARBAGE

@@ -157,6 +157,8 @@ var required = strings.Fields(`
 	Gin/INSERT_LISTPAGE Gin/DELETE_LISTPAGE
 	BRIN/CREATE_INDEX BRIN/INSERT BRIN/INSERT+INIT BRIN/UPDATE BRIN/UPDATE+INIT BRIN/SAMEPAGE_UPDATE BRIN/REVMAP_EXTEND
 	BRIN/DESUMMARIZE
+	SPGist/ADD_LEAF SPGist/MOVE_LEAFS SPGist/ADD_NODE SPGist/SPLIT_TUPLE SPGist/PICKSPLIT SPGist/VACUUM_LEAF SPGist/VACUUM_ROOT
+	SPGist/VACUUM_REDIRECT
 	Gist/PAGE_UPDATE Gist/DELETE Gist/PAGE_REUSE Gist/PAGE_SPLIT Gist/PAGE_DELETE
 	Sequence/LOG CommitTs/ZEROPAGE CommitTs/TRUNCATE ReplicationOrigin/SET ReplicationOrigin/DROP
 	Tablespace/CREATE Tablespace/DROP Generic LogicalMessage`)
@@ -188,9 +190,6 @@ func report(t *testing.T, tallies map[string]*tally) {
 // that are not there to be applied.
 func checkable(name string) bool {
 	manager, _, _ := strings.Cut(name, "/")
-	if manager == "Gist" {
-		return name != "Gist/DELETE" // see gistDeadItems
-	}
-	return slices.Contains([]string{"Heap", "Heap2", "Btree", "Hash", "Gin", "BRIN", "Sequence", "Generic"}, manager) &&
-		name != "Hash/SPLIT_PAGE" && name != "Gin/VACUUM_PAGE"
+	return slices.Contains([]string{"Heap", "Heap2", "Btree", "Hash", "Gin", "Gist", "SPGist", "BRIN", "Sequence", "Generic"}, manager) &&
+		name != "Hash/SPLIT_PAGE" && name != "Gin/VACUUM_PAGE" && name != "Gist/DELETE" // see gistDeadItems
 }

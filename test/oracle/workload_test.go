@@ -30,6 +30,7 @@ func workload(s *server) map[pg.RelFileNode]pageKind {
 	ginIndexes(c)
 	hashIndexes(c)
 	gistIndexes(c)
+	spgistIndexes(c)
 	c.exec("ALTER SYSTEM SET wal_compression = zstd", "SELECT pg_reload_conf()")
 	databases(s, c)
 	ddl(s, c)
@@ -388,6 +389,8 @@ func relationKinds(s *server, c *session) map[pg.RelFileNode]pageKind {
 				kind = brinPages
 			case r[4] == "gist":
 				kind = gistPages
+			case r[4] == "spgist":
+				kind = spgistPages
 			case r[3] == "S":
 				kind = sequencePages
 			}
