@@ -146,7 +146,15 @@ func TestComputeDirIsOneThatPostgresReaches(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root runs Postgres as another user")
 	}
-	closed := filepath.Join(t.TempDir(), "closed")
+	open, err := os.MkdirTemp("", "hf-open-") // t.TempDir is for this user alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(open)
+	if err := os.Chmod(open, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	closed := filepath.Join(open, "closed")
 	l := layout{dir: filepath.Join(closed, "data")}
 	if err := os.MkdirAll(l.dir, 0o711); err != nil {
 		t.Fatal(err)
