@@ -47,11 +47,9 @@ func (c *Core) block(b *walrec.Block) error {
 	switch {
 	case b.ApplyImage:
 		page := c.alloc(pg.BlockSize)
-		if err := b.RestoreImage(page); err != nil {
+		clear(page)
+		if err := redo.ApplyBlock(b.Rel, b.Block, page, c.rec); err != nil {
 			return err
-		}
-		if !pg.IsNewPage(page) {
-			pg.SetPageLSN(page, c.rec.End)
 		}
 		c.put(key, timeline.Image, page)
 		c.forgetMarks(b.Rel)
