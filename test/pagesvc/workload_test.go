@@ -152,7 +152,7 @@ func relationKinds(t testing.TB, s *stock.Server) map[pg.RelFileNode]kind {
 			case relkind == "S":
 				k = sequencePages
 			case relkind == "i":
-				k = unreadable
+				k = indexPages
 			}
 			kinds[pg.RelFileNode{Tablespace: pg.Oid(tablespace), Database: pg.Oid(database), Relation: pg.Oid(node)}] = k
 			return nil
