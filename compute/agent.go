@@ -286,6 +286,7 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 	context.AfterFunc(a.life, func() { // at once, whatever else is under way
 		a.fs.Discard()
 		a.postgres.Kill()
+		a.appender.Close() // a write of WAL that waits for room cannot be killed
 	})
 	return a.postgres.awaitReady(ctx)
 }

@@ -1,9 +1,11 @@
 package manager
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -12,7 +14,14 @@ import (
 // removeDir deletes an endpoint's local folder after its agent's end. An agent that was
 // killed leaves its mount behind, dead: that goes first.
 func removeDir(dir string) error {
-	mounts, err := mountsBelow(dir)
+	resolved, err := filepath.EvalSymlinks(dir) // as the kernel calls mounts there
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var mounts []string
+	if err == nil {
+		mounts, err = mountsBelow(resolved)
+	}
 	if err != nil {
 		return err
 	}

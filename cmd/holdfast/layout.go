@@ -10,6 +10,7 @@ import (
 	"strconv"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfastdb/holdfast/compute/pgproc"
 	"github.com/holdfastdb/holdfast/internal/config"
@@ -66,7 +67,10 @@ const elsewhere = "/var/lib/holdfast"
 func (l layout) computeDir() (dir, why string) {
 	user, err := pgproc.FindUser()
 	if err == nil {
-		err = user.MayEnter(l.dir)
+		dir, err = filepath.EvalSymlinks(l.dir) // as the kernel calls a mount there
+	}
+	if err == nil {
+		err = user.MayEnter(dir)
 	}
 	var refused *pgproc.NoPassageError
 	if !errors.As(err, &refused) {
@@ -75,6 +79,26 @@ func (l layout) computeDir() (dir, why string) {
 	sum := sha256.Sum256([]byte(l.dir))
 	dir = filepath.Join(elsewhere, "compute-"+hex.EncodeToString(sum[:6]))
 	return dir, fmt.Sprintf("endpoints' local files, none of them durable, are in %s, since user %s may not pass through %s", dir, refused.User, refused.Dir)
+}
+
+// makeElsewhere makes a folder of elsewhere that others may pass through, whatever the umask.
+func makeElsewhere(dir string) error {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("making the endpoints' folder: %w", err)
+	}
+	for _, d := range []string{elsewhere, dir} {
+		var st unix.Stat_t
+		if err := unix.Lstat(d, &st); err != nil {
+			return &os.PathError{Op: "lstat", Path: d, Err: err}
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Uid != 0 {
+			return fmt.Errorf("the endpoints' folder: %s is not a directory of root's: move it away", d)
+		}
+		if err := os.Chmod(d, 0o711); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (l layout) socket(role string) string { return "unix:" + filepath.Join(l.runDir(), role) }

@@ -98,7 +98,7 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		return err
 	}
 	// Endpoints run as another user below this folder: it may be passed through, not read.
-	if err := os.MkdirAll(l.dir, 0o711); err != nil {
+	if err := makeDataDir(l.dir); err != nil {
 		return fmt.Errorf("making the data directory: %w", err)
 	}
 	unlock, err := lockDir(l.dir)
@@ -145,6 +145,9 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		computeDir, why := l.computeDir()
 		if why != "" {
 			progress(why)
+			if err := makeElsewhere(computeDir); err != nil {
+				return err
+			}
 		}
 		s, m, startErr := startManager(ctx, l.managerConfig(f, computeDir), true, log, progress)
 		if err = add(s, startErr); err == nil {
@@ -247,4 +250,19 @@ func openLog(l layout) (*slog.Logger, func(), error) {
 		return nil, nil, err
 	}
 	return slog.New(slog.NewTextHandler(f, nil)), func() { f.Close() }, nil
+}
+
+// makeDataDir makes the data directory, if need be, whatever the umask.
+func makeDataDir(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	err := os.Mkdir(dir, 0o711)
+	if errors.Is(err, os.ErrExist) {
+		return os.MkdirAll(dir, 0o711) // says so if it is no directory
+	}
+	if err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o711)
 }

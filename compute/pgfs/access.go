@@ -108,32 +108,41 @@ func (fs *FS) writeFile(path string, data []byte) error {
 		}
 		parent = child
 	}
-	n, err := fs.replace(parent, parts[last])
+	// The kernel keeps its own mind of a file's size once it has seen it: a new file, with
+	// all its content, takes the place of an old one.
+	fs.tree.RLock()
+	n, err := fs.newFileOfLocked(parent, parts[last], syscall.S_IFREG|0o600, fs.cfg.UID, fs.cfg.GID)
+	fs.tree.RUnlock()
 	if err != nil {
 		return err
 	}
-	if _, err := fs.write(opContext{}, n.file, data, 0); err != nil {
+	if _, err = fs.write(opContext{}, n.file, data, 0); err == nil {
+		err = fs.replace(parent, parts[last], n)
+	}
+	if err != nil {
+		fs.tree.Lock()
+		defer fs.tree.Unlock()
+		fs.dropLocked(n)
 		return err
 	}
 	fs.notifyEntry(parent, parts[last])
 	return nil
 }
 
-// replace gives a name to a new, empty file. The kernel keeps its own mind of an old one's
-// size and content.
-func (fs *FS) replace(parent *node, name string) (*node, error) {
+// replace gives a new file its name.
+func (fs *FS) replace(parent *node, name string, n *node) error {
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
 	switch old, err := childLocked(parent, name); {
 	case err == iofs.ErrNotExist:
 	case err != nil:
-		return nil, err
+		return err
 	case old.file == nil:
-		return nil, errIsDirectory
+		return errIsDirectory
 	default:
 		fs.detachLocked(parent, name, old)
 	}
-	return fs.newFileLocked(parent, name, syscall.S_IFREG|0o600, fs.cfg.UID, fs.cfg.GID)
+	return fs.attachLocked(parent, name, n)
 }
 
 // notifyEntry makes the kernel look a name up again. No lock may be held.

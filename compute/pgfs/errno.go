@@ -23,6 +23,7 @@ var (
 	errNotPermitted = errors.New("not permitted by this storage")
 	errStale        = errors.New("the file is gone")
 	errClosed       = errors.New("the mount is shut")
+	errRemote       = errors.New("from the page server") // marks errors that are not the local store's
 )
 
 // errnos is the one table of the mount. What is not in it is EIO.

@@ -236,6 +236,26 @@ func (e *evictor) nextFile() *file {
 	return e.mu.files[e.mu.hand]
 }
 
+// cleanBatch is how many copies dropClean gives up at a time: 32 MiB.
+const cleanBatch = 4096
+
+// dropClean gives up copies of what the page server has, for room on a full disk, and tells
+// how many.
+func (fs *FS) dropClean() (freed int64) {
+	e := &fs.cache
+	e.mu.Lock()
+	total := 2 * len(e.mu.files) // what was read lately is spared in the first round
+	e.mu.Unlock()
+	for range total {
+		f := e.nextFile()
+		if f == nil || freed >= cleanBatch || fs.stats.clean.Load() == 0 {
+			break
+		}
+		freed += fs.evictFrom(f, cleanBatch-freed, 0, pg.InvalidLSN)
+	}
+	return freed
+}
+
 func (fs *FS) evictFrom(f *file, goal int64, safe uint32, committed pg.LSN) (freed int64) {
 	for i := 0; freed < goal; i++ {
 		n, more := fs.evictChunk(f, i, safe, committed)

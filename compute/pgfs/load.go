@@ -31,6 +31,19 @@ func (fs *FS) sourceOf(path string) *source {
 // newFileLocked makes an empty file and gives it a name: whatever the page server has under
 // it does not show.
 func (fs *FS) newFileLocked(parent *node, name string, mode, uid, gid uint32) (*node, error) {
+	n, err := fs.newFileOfLocked(parent, name, mode, uid, gid)
+	if err != nil {
+		return nil, err
+	}
+	if err := fs.attachLocked(parent, name, n); err != nil {
+		fs.dropLocked(n)
+		return nil, err
+	}
+	return n, nil
+}
+
+// newFileOfLocked makes an empty file that is to have a name.
+func (fs *FS) newFileOfLocked(parent *node, name string, mode, uid, gid uint32) (*node, error) {
 	if parent.dir == nil {
 		return nil, errNotDirectory
 	}
@@ -40,10 +53,6 @@ func (fs *FS) newFileLocked(parent *node, name string, mode, uid, gid uint32) (*
 			f.keep.Store(f.src.slru != 0 || isUnloggedLocked(parent.dir, f.src))
 			fs.cache.list(f)
 		}
-	}
-	if err := fs.attachLocked(parent, name, n); err != nil {
-		fs.dropLocked(n)
-		return nil, err
 	}
 	return n, nil
 }

@@ -134,10 +134,8 @@ func tuneWriteback(point string, log *slog.Logger) {
 	if err != nil || len(mounts) == 0 {
 		return
 	}
-	dir := filepath.Join("/sys/class/bdi", mounts[len(mounts)-1].device)
-	for name, value := range map[string]string{"max_ratio": fmt.Sprint(writebackShare), "strict_limit": "0"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(value), 0); err != nil {
-			log.Debug("the kernel's limit on delayed writes stays", "error", err)
-		}
+	limit := filepath.Join("/sys/class/bdi", mounts[len(mounts)-1].device, "max_ratio")
+	if err := os.WriteFile(limit, []byte(fmt.Sprint(writebackShare)), 0); err != nil {
+		log.Debug("the kernel's limit on delayed writes stays", "error", err)
 	}
 }

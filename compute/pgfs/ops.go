@@ -24,6 +24,9 @@ func (fs *FS) nodeOf(h *fuse.InHeader) (*node, error) {
 }
 
 func (fs *FS) fileOf(h *fuse.InHeader) (*node, *file, error) {
+	if fs.wiped.Load() || fs.discards.Load() {
+		return nil, nil, errClosed // also where there would be zeros to read
+	}
 	n, err := fs.nodeOf(h)
 	if err != nil {
 		return nil, nil, err

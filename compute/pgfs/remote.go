@@ -64,7 +64,7 @@ func (fs *FS) bring(op opContext, f *file, b pg.BlockNumber, want int, need pg.L
 		select {
 		case <-ft.done:
 		case <-ctx.Done():
-			return remotePage{}, fmt.Errorf("waiting for block %d of %s from the page server: %w", b, f.src.path, fs.cause(ctx))
+			return remotePage{}, fmt.Errorf("waiting for block %d of %s %w: %w", b, f.src.path, errRemote, fs.cause(ctx))
 		}
 	}
 	if ft.err != nil {
@@ -161,8 +161,8 @@ func (fs *FS) pages(ctx context.Context, s *source, ft *fetch) (data []byte, err
 		err = fmt.Errorf("the page server answered with %d bytes, want %d blocks", len(data), ft.count)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading blocks %d to %d of %s from the page server at %s or later: %w",
-			first, first+pg.BlockNumber(ft.count)-1, s.path, ft.at, err)
+		return nil, fmt.Errorf("reading blocks %d to %d of %s %w at %s or later: %w",
+			first, first+pg.BlockNumber(ft.count)-1, s.path, errRemote, ft.at, err)
 	}
 	return data, nil
 }
@@ -170,7 +170,7 @@ func (fs *FS) pages(ctx context.Context, s *source, ft *fetch) (data []byte, err
 // install keeps a fetched block as a clean copy, if it is still wanted: what Postgres wrote
 // or cut off meanwhile wins. Failing is fine, the page server still has it.
 func (fs *FS) install(f *file, b pg.BlockNumber, r remotePage) {
-	if fs.cache.full(fs) {
+	if fs.cache.full(fs) || fs.roomLow() {
 		return
 	}
 	f.grow(b)

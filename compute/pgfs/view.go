@@ -1,13 +1,14 @@
 package pgfs
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
 // A view is one of the file system's mounts: the tree from one directory on. There are three.
@@ -143,26 +144,45 @@ func (v *view) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uin
 // what Postgres would read from now on is not what it wrote: the endpoint has to end.
 func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	fs := v.FS
-	switch {
-	case fs.discards.Load():
-		return uint32(len(data)), fuse.OK
-	case fs.wiped.Load():
-		return 0, fs.status(errClosed)
-	}
-	_, f, err := fs.fileOf(&in.InHeader)
-	if err == nil {
-		_, err = fs.write(opContext{}, f, data, int64(in.Offset))
-	}
-	if err != nil {
+	for {
+		if fs.discards.Load() {
+			return uint32(len(data)), fuse.OK
+		}
+		_, f, err := fs.fileOf(&in.InHeader)
+		if err == nil {
+			_, err = fs.write(opContext{}, f, data, int64(in.Offset))
+		}
+		switch {
+		case err == nil:
+			return uint32(len(data)), fuse.OK
+		case fs.ctx.Err() != nil: // the mount ends: what is written now is for nobody
+			return 0, fs.status(errClosed)
+		case errors.Is(err, scratch.ErrFull) && fs.dropClean() > 0:
+			continue
+		case errors.Is(err, errRemote): // half a block, whose rest is at the page server
+			fs.cfg.Log.Warn("a delayed write waits for the page server", "error", err)
+			select {
+			case <-fs.ctx.Done():
+			case <-time.After(remoteRetry):
+			}
+			continue
+		}
 		fs.fail(fmt.Errorf("keeping what Postgres wrote: %w", err))
 		return 0, fs.status(err)
 	}
-	return uint32(len(data)), fuse.OK
 }
 
-// Discard drops what the kernel still holds back, from now on: Postgres is being killed, and
-// its end would wait for writes that nobody will read.
-func (fs *FS) Discard() { fs.discards.Store(true) }
+// remoteRetry is the pause before the page server is asked again for what a delayed write
+// needs.
+const remoteRetry = time.Second
+
+// Discard is for when Postgres is being killed: its end would wait for delayed writes that
+// nobody will read. They are dropped, so everything else fails from now on: what a process
+// still read would not be what it wrote.
+func (fs *FS) Discard() {
+	fs.discards.Store(true)
+	fs.stop()
+}
 
 // fail ends the file system, as Wipe does, and tells Config.Fail why.
 func (fs *FS) fail(err error) {
@@ -186,18 +206,22 @@ const (
 
 // roomForTemp refuses temporary files the last of the disk, which delayed writes may need.
 func (fs *FS) roomForTemp() error {
+	if !fs.roomLow() || fs.dropClean() > 0 {
+		return nil
+	}
+	return fmt.Errorf("temporary files: %w: the rest is kept for tables", scratch.ErrFull)
+}
+
+// roomLow tells whether only the reserve is left on the disk.
+func (fs *FS) roomLow() bool {
 	now := time.Now().UnixNano()
 	if last := fs.room.checked.Load(); now-last > int64(roomCheckedEvery) && fs.room.checked.CompareAndSwap(last, now) {
-		var st unix.Statfs_t
 		st, err := fs.store.Statfs()
 		if err != nil {
-			return err
+			return false // whoever writes will learn it
 		}
-		free, size := st.Bavail*uint64(st.Bsize), st.Blocks*uint64(st.Bsize)
+		free, size := st.Bavail*uint64(st.Bsize)+fs.store.Usage().Backed*pg.BlockSize, st.Blocks*uint64(st.Bsize)
 		fs.room.low.Store(free < min(tempReserve, size/tempReserveShare))
 	}
-	if fs.room.low.Load() {
-		return fmt.Errorf("temporary files: %w: the rest is kept for tables", scratch.ErrFull)
-	}
-	return nil
+	return fs.room.low.Load()
 }

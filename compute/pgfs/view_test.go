@@ -2,6 +2,7 @@ package pgfs
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
 // smallStore is a scratch store on a disk of its own.
@@ -166,4 +168,45 @@ func TestDiscardedWritesAreNoFailure(t *testing.T) {
 	if got, err := fs.ReadFile("table"); err != nil || len(got) != 0 {
 		t.Errorf("the agent has %d bytes, %v", len(got), err)
 	}
+}
+
+// Copies of what the page server has give way before anybody is refused.
+func TestCopiesMakeRoom(t *testing.T) {
+	needRoot(t)
+	remote := &onlyPages{blocks: 1500}
+	fs := mounted(t, Config{Scratch: smallStore(t, "size=16m"), WAL: &fakeWAL{}, Remote: remote, StartLSN: startLSN, Fail: func(err error) { t.Error(err) }})
+	if err := fs.MkdirAll("base/5"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.ReadFile(filepath.Join(fs.cfg.Mountpoint, "base/5/100")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "copies fill the disk", func() bool { return fs.Stats().CleanPages > 1000 })
+	table := openFile(t, filepath.Join(fs.cfg.Mountpoint, "table"))
+	for i := range 1024 {
+		if _, err := unix.Pwrite(table, bytes.Repeat([]byte{byte(i), 1}, 4096), int64(i)*8192); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Fsync(table); err != nil {
+		t.Error(err)
+	}
+}
+
+// onlyPages has one relation.
+type onlyPages struct{ blocks pg.BlockNumber }
+
+func (o *onlyPages) Pages(_ context.Context, _ pg.RelTag, block pg.BlockNumber, count int, _ pg.LSN) ([]byte, error) {
+	return bytes.Repeat([]byte{9}, int(min(pg.BlockNumber(count), o.blocks-block))*pg.BlockSize), nil
+}
+
+func (o *onlyPages) Relations(context.Context, pg.Oid, pg.Oid) ([]RelationSize, error) {
+	rel := pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: pg.DefaultTablespaceOid, Database: 5, Relation: 100}}
+	return []RelationSize{{Rel: rel, Blocks: o.blocks}}, nil
+}
+
+func (o *onlyPages) SLRUPages(context.Context, pg.SLRUKind) ([]uint32, error) { return nil, nil }
+
+func (o *onlyPages) SLRU(context.Context, pg.SLRUKind, uint32, int) ([]byte, error) {
+	return nil, errors.New("no SLRU here")
 }

@@ -49,7 +49,7 @@ func otherMounts(keep string) ([]string, error) {
 		if len(left) < 5 || len(right) < 2 || !strings.HasPrefix(right[0], "fuse") || right[1] != mountSource {
 			continue
 		}
-		if point := unescape.Replace(left[4]); point != keep && !strings.HasPrefix(point, keep+"/") {
+		if point := unescape.Replace(left[4]); point != keep && (keep == "" || !strings.HasPrefix(point, keep+"/")) {
 			others = append(others, point)
 		}
 	}

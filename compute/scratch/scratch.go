@@ -293,19 +293,26 @@ func (s *Store) Wipe() error {
 
 // Usage is how much of the store is in use.
 type Usage struct {
-	Used uint64 // slots that hold something
-	Free uint64 // slots that are kept for reuse
+	Used   uint64 // slots that hold something
+	Free   uint64 // slots that are kept for reuse
+	Backed uint64 // those of Free whose place on the disk was not given back
 }
 
 // Usage tells how much is in use.
 func (s *Store) Usage() Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var used uint64
+	given := uint64(s.mu.next - 1)
+	var u Usage
 	for i := range s.mu.extents {
-		used += uint64(s.mu.extents[i].used)
+		e := &s.mu.extents[i]
+		u.Used += uint64(e.used)
+		if !e.punched {
+			u.Backed += min(extentSlots, given-uint64(i)*extentSlots) - uint64(e.used)
+		}
 	}
-	return Usage{Used: used, Free: uint64(s.mu.next-1) - used}
+	u.Free = given - u.Used
+	return u
 }
 
 // Statfs describes the disk that the store is on.
