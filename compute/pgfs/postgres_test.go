@@ -100,7 +100,9 @@ func mounted(t testing.TB, cfg Config) *FS {
 	if err := fs.Mount(); err != nil {
 		t.Fatal(err)
 	}
-	calmPoller(t, cfg.Mountpoint)
+	for _, v := range fs.mount.mounted() {
+		calmPoller(t, v.point)
+	}
 	return fs
 }
 
