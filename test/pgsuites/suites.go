@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -117,11 +118,7 @@ func (s *source) run(ctx context.Context, t pgtools.Target, q suite, out string)
 	}
 	// The server, another user, writes into some of these.
 	for _, d := range []string{out, filepath.Join(out, "results"), filepath.Join(out, "output_iso"), filepath.Join(out, "output_iso", "results")} {
-		if err := os.MkdirAll(d, 0o777); err == nil {
-			err = os.Chmod(d, 0o777)
-		}
-		if err != nil {
-			r.err = err
+		if r.err = errors.Join(os.MkdirAll(d, 0o777), os.Chmod(d, 0o777)); r.err != nil {
 			return r
 		}
 	}
