@@ -144,7 +144,7 @@ func (v *view) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uin
 // what Postgres would read from now on is not what it wrote: the endpoint has to end.
 func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	fs := v.FS
-	for {
+	for tries := 0; ; {
 		if fs.discards.Load() {
 			return uint32(len(data)), fuse.OK
 		}
@@ -159,12 +159,13 @@ func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) 
 			return 0, fs.status(errClosed)
 		case errors.Is(err, scratch.ErrFull) && fs.dropClean() > 0:
 			continue
+		case errors.Is(err, scratch.ErrFull) && tries < fullTries:
+			tries++ // what was given up may be on its way back to the disk
+			fs.pause(fullPause)
+			continue
 		case errors.Is(err, errRemote): // half a block, whose rest is at the page server
 			fs.cfg.Log.Warn("a delayed write waits for the page server", "error", err)
-			select {
-			case <-fs.ctx.Done():
-			case <-time.After(remoteRetry):
-			}
+			fs.pause(remoteRetry)
 			continue
 		}
 		fs.fail(fmt.Errorf("keeping what Postgres wrote: %w", err))
@@ -172,9 +173,22 @@ func (v *view) takeDelayed(in *fuse.WriteIn, data []byte) (uint32, fuse.Status) 
 	}
 }
 
-// remoteRetry is the pause before the page server is asked again for what a delayed write
-// needs.
-const remoteRetry = time.Second
+const (
+	// remoteRetry is the pause before the page server is asked again for what a delayed write
+	// needs.
+	remoteRetry = time.Second
+	// A disk that is full is tried again so often, with a pause before.
+	fullTries = 20
+	fullPause = 100 * time.Millisecond
+)
+
+// pause waits, or until the mount ends.
+func (fs *FS) pause(d time.Duration) {
+	select {
+	case <-fs.ctx.Done():
+	case <-time.After(d):
+	}
+}
 
 // Discard is for when Postgres is being killed: its end would wait for delayed writes that
 // nobody will read. They are dropped, so everything else fails from now on: what a process
