@@ -75,8 +75,8 @@ const (
 	rmGIN       = 13
 	rmGist      = 14
 	rmSeq       = 15
-	rmBRIN      = 17
 	rmSPGist    = 16
+	rmBRIN      = 17
 	rmCommitTS  = 18
 	rmGeneric   = 20
 )
@@ -92,8 +92,8 @@ var managers = [256]func(*op) error{
 	rmGIN:     redoGIN,
 	rmGist:    redoGist,
 	rmSeq:     redoSeq,
-	rmBRIN:    redoBRIN,
 	rmSPGist:  redoSPGist,
+	rmBRIN:    redoBRIN,
 	rmGeneric: redoGeneric,
 }
 

@@ -3,29 +3,16 @@ package timeline
 import (
 	"context"
 	"errors"
-	"runtime"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
 )
 
-// compactNice is the compactor's priority among what wants the processor, as nice(2) has it.
-const compactNice = 10
-
-// stepBack gives the calling goroutine a thread of low priority, which ends with it.
-func stepBack() {
-	runtime.LockOSThread()
-	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), compactNice) // at worst it is as before
-}
-
 // runCompactor compacts when there are CompactAfter L0 files, or when asked to.
 func (t *Timeline) runCompactor() {
-	stepBack()
 	wait := t.cfg.backoff()
 	for {
 		t.mu.Lock()

@@ -38,7 +38,6 @@ var excluded = map[string]string{
 	"hstore_plpython": "needs PL/Python, a package of its own",
 	"jsonb_plpython":  "needs PL/Python, a package of its own",
 	"ltree_plpython":  "needs PL/Python, a package of its own",
-	"pg_freespacemap": "looks for an exact free space map of its own making",
 }
 
 // settings are what the suites expect of a server, where it differs from an endpoint's.
