@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/moby/sys/mountinfo"
 )
 
 // removeDir deletes an endpoint's local folder after its agent's end. An agent that was
@@ -40,21 +42,14 @@ func removeDir(dir string) error {
 // mountsBelow lists the mount points in dir, without those inside another: the outer takes
 // them along, and has to go first, since a dead mount does not let anybody pass.
 func mountsBelow(dir string) ([]string, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	list, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return nil, fmt.Errorf("listing mounts: %w", err)
 	}
-	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	var found []string
-	for line := range strings.Lines(string(data)) {
-		f := strings.Fields(line)
-		if len(f) < 5 {
-			continue
-		}
-		at := unescape.Replace(f[4])
-		inside := func(outer string) bool { return strings.HasPrefix(at, outer+"/") }
-		if (at == dir || inside(dir)) && !slices.ContainsFunc(found, inside) {
-			found = append(found, at)
+	for _, m := range list {
+		if !slices.ContainsFunc(found, func(outer string) bool { return strings.HasPrefix(m.Mountpoint, outer+"/") }) {
+			found = append(found, m.Mountpoint)
 		}
 	}
 	return found, nil

@@ -162,8 +162,10 @@ func startPageserver(cfg *config.Pageserver, log *slog.Logger) (*service, error)
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
-	srv, err := pageserver.New(pageserver.Config{Dir: cfg.Dir, Blob: store, Ring: ring, Safekeepers: cfg.Safekeepers,
-		NodeID: cfg.Node, VerifyRedo: cfg.VerifyRedo, Logger: log.With("role", "pageserver")})
+	conf := pageserver.Config{Dir: cfg.Dir, Blob: store, Ring: ring, Safekeepers: cfg.Safekeepers,
+		NodeID: cfg.Node, VerifyRedo: cfg.VerifyRedo, Logger: log.With("role", "pageserver")}
+	conf.Timeline.HistoryBytes = cfg.HistoryBytes
+	srv, err := pageserver.New(conf)
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}

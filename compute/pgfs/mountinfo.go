@@ -1,15 +1,16 @@
 package pgfs
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,33 +37,10 @@ func detach(point string) error {
 	return nil
 }
 
-// mountEntry is a line of /proc/self/mountinfo.
-type mountEntry struct {
-	device, kind, source string
-}
-
 // mountsAt lists what is mounted on a directory, the topmost last. It does not touch the
 // directory: a dead mount would not answer.
-func mountsAt(point string) ([]mountEntry, error) {
-	file, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	var found []mountEntry
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-		if !ok || len(left) < 5 || len(right) < 2 || unescapeMount(left[4]) != point {
-			continue
-		}
-		found = append(found, mountEntry{device: left[2], kind: right[0], source: right[1]})
-	}
-	return found, nil
-}
-
-func unescapeMount(s string) string {
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+func mountsAt(point string) ([]*mountinfo.Info, error) {
+	return mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return m.Mountpoint != point, false })
 }
 
 // detachStale detaches what a killed agent left at the mountpoint.
@@ -72,8 +50,8 @@ func detachStale(point string) error {
 		return err
 	}
 	for _, m := range mounts {
-		if m.source != fsName || !strings.HasPrefix(m.kind, "fuse") {
-			return fmt.Errorf("a %s file system is mounted there already: unmount it, or choose another directory", m.kind)
+		if m.Source != fsName || !strings.HasPrefix(m.FSType, "fuse") {
+			return fmt.Errorf("a %s file system is mounted there already: unmount it, or choose another directory", m.FSType)
 		}
 	}
 	for range mounts {
@@ -96,8 +74,8 @@ func abort(point string) error {
 	}
 	defer done()
 	for _, m := range mounts {
-		if _, minor, ok := strings.Cut(m.device, ":"); ok && m.source == fsName {
-			err = errors.Join(err, os.WriteFile(filepath.Join(control, minor, "abort"), []byte("1"), 0))
+		if m.Source == fsName {
+			err = errors.Join(err, os.WriteFile(filepath.Join(control, strconv.Itoa(m.Minor), "abort"), []byte("1"), 0))
 		}
 	}
 	return err
@@ -134,7 +112,8 @@ func tuneWriteback(point string, log *slog.Logger) {
 	if err != nil || len(mounts) == 0 {
 		return
 	}
-	limit := filepath.Join("/sys/class/bdi", mounts[len(mounts)-1].device, "max_ratio")
+	top := mounts[len(mounts)-1]
+	limit := filepath.Join("/sys/class/bdi", fmt.Sprintf("%d:%d", top.Major, top.Minor), "max_ratio")
 	if err := os.WriteFile(limit, []byte(fmt.Sprint(writebackShare)), 0); err != nil {
 		log.Debug("the kernel's limit on delayed writes stays", "error", err)
 	}

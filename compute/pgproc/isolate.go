@@ -1,11 +1,10 @@
 package pgproc
 
 import (
-	"bufio"
 	"fmt"
-	"os"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -35,26 +34,14 @@ func isolate(keep string) error {
 const mountSource = "holdfast"
 
 // otherMounts lists the mounts of ours, as this thread sees them, but for one and those inside it.
-func otherMounts(keep string) ([]string, error) {
-	file, err := os.Open("/proc/thread-self/mountinfo")
-	if err != nil {
-		return nil, err
+func otherMounts(keep string) (others []string, err error) {
+	list, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		ours := m.Source == mountSource && strings.HasPrefix(m.FSType, "fuse")
+		kept := keep != "" && (m.Mountpoint == keep || strings.HasPrefix(m.Mountpoint, keep+"/"))
+		return !ours || kept, false
+	})
+	for _, m := range list {
+		others = append(others, m.Mountpoint)
 	}
-	defer file.Close()
-	var others []string
-	lines := bufio.NewScanner(file)
-	for lines.Scan() {
-		before, after, _ := strings.Cut(lines.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-		if len(left) < 5 || len(right) < 2 || !strings.HasPrefix(right[0], "fuse") || right[1] != mountSource {
-			continue
-		}
-		if point := unescape.Replace(left[4]); point != keep && (keep == "" || !strings.HasPrefix(point, keep+"/")) {
-			others = append(others, point)
-		}
-	}
-	return others, lines.Err()
+	return others, err
 }
-
-// unescape undoes what the kernel does to names in mountinfo.
-var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)

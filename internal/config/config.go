@@ -43,7 +43,10 @@ type Pageserver struct {
 	Bucket      string   `yaml:"bucket"`
 	Keymgr      string   `yaml:"keymgr"`
 	Safekeepers []string `yaml:"safekeepers"`
-	VerifyRedo  bool     `yaml:"verify_redo"` // compare pages with the images of wal_consistency_checking; slow, for tests
+	// HistoryBytes of WAL, counted back from what is in layers, are those of which pages can still
+	// be read as they were; 0: the default.
+	HistoryBytes int64 `yaml:"history_bytes"`
+	VerifyRedo   bool  `yaml:"verify_redo"` // compare pages with the images of wal_consistency_checking; slow, for tests
 }
 
 // Manager configures the manager, which runs the endpoints as its children.
@@ -144,6 +147,9 @@ func (c *Safekeeper) Validate() error {
 func (c *Pageserver) Validate() error {
 	if len(c.Safekeepers) == 0 {
 		return errors.New("safekeepers is missing")
+	}
+	if c.HistoryBytes < 0 {
+		return fmt.Errorf("history_bytes is %d: it cannot be negative", c.HistoryBytes)
 	}
 	return required(field{"node", c.Node}, field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket}, field{"keymgr", c.Keymgr})
 }

@@ -50,7 +50,7 @@ func parseOptions() (options, error) {
 	flag.IntVar(&o.rounds, "rounds", 0, "runs of each kind, of which the median counts (5; short: 3)")
 	flag.IntVar(&o.scale, "scale", 30, "pgbench scale")
 	flag.StringVar(&o.dir, "dir", os.TempDir(), "where the servers' folders are made")
-	flag.StringVar(&only, "only", "", "a regular expression of the measurements to make: tpcb select commit copy start getpage ingest written code")
+	flag.StringVar(&only, "only", "", "a regular expression of the measurements to make: tpcb select commit copy start getpage ingest roles code")
 	flag.BoolVar(&o.noHoldfast, "stock-only", false, "measure the stock set-ups only")
 	flag.BoolVar(&o.profile, "profile", false, "keep CPU profiles of Holdfast's processes and print what is on top")
 	flag.Int64Var(&o.cacheBytes, "cache-bytes", 0, "the endpoint's local store (0: the default)")
@@ -144,6 +144,7 @@ func run(ctx context.Context) (err error) {
 		{"getpage", false, b.getPage},
 		{"ingest", false, b.ingest},
 		{"start", false, b.startLarge},
+		{"roles", false, b.roles},
 		{"code", false, b.code},
 	} {
 		if !slices.ContainsFunc(strings.Fields(m.name), b.wants) || !m.stock && b.holdfast == nil {

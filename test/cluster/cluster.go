@@ -36,6 +36,8 @@ type Options struct {
 	Settings map[string]string
 	// CacheBytes is the size of the endpoint's local store; 0: the default.
 	CacheBytes int64
+	// HistoryBytes is the history window of the pageserver of a separate cluster; 0: the default.
+	HistoryBytes int64
 	// VerifyRedo has the pageserver of a separate cluster compare what redo makes with the
 	// images of wal_consistency_checking.
 	VerifyRedo bool
@@ -169,7 +171,7 @@ func (c *Cluster) prepareSeparate() error {
 	configs := map[string]any{
 		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: kms},
 		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.Socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
-			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, VerifyRedo: c.opts.VerifyRedo},
+			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, HistoryBytes: c.opts.HistoryBytes, VerifyRedo: c.opts.VerifyRedo},
 		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
 			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: "dev",
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
@@ -454,6 +456,7 @@ type Status struct {
 		Groups   []struct{ Group, Term, Leader, Commit, Applied string }
 		Branches []struct {
 			Branch     string
+			StartLSN   string `json:"start_lsn"`
 			EndLSN     string `json:"end_lsn"`
 			DurableLSN string `json:"durable_lsn"`
 		}

@@ -65,7 +65,7 @@ func loadedWorld(b *testing.B) (w *world, took time.Duration) {
 		b.Fatal(err)
 	}
 	w.log.end = start
-	w.log.feed(b, recorded.dir, loadDirectory(b, recorded.dir).control.CheckPoint)
+	w.log.feed(b, recorded.dir, loadDirectory(b, recorded.dir).Control.CheckPoint)
 	begun := time.Now()
 	w.attach()
 	w.wait(w.log.end)

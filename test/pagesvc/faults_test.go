@@ -17,6 +17,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
+	"github.com/holdfastdb/holdfast/test/datadir"
 	"github.com/holdfastdb/holdfast/test/stock"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
@@ -49,7 +50,7 @@ func makeBase(t testing.TB) {
 		run(t, s, "postgres", []string{marked, "CREATE INDEX marked_d ON marked USING gin (d)",
 			"INSERT INTO marked SELECT i, to_tsvector('w' || i) FROM generate_series(1, 1000) i", "VACUUM marked"})
 		if base.failed = s.Stop(); base.failed == nil {
-			base.last = loadDirectory(t, s.Dir).control.CheckPoint
+			base.last = loadDirectory(t, s.Dir).Control.CheckPoint
 		}
 	})
 	if base.failed != nil {
@@ -168,20 +169,21 @@ func TestWrongRequests(t *testing.T) {
 	}
 }
 
-// A page that needs a record without redo fails its read, names the record, and no other.
 // Each relation of a workload with every kind of index can be read.
 func TestEveryRelationCanBeRead(t *testing.T) {
 	w := imported(t)
 	w.log.feed(t, base.after, base.last)
 	at := w.point(w.log.end, false)
-	sizes := map[pg.RelTag]uint32{}
 	w.wait(w.log.end)
-	(&comparison{t: t, w: w, at: at}).list(sizes, pg.DefaultTablespaceOid, 5)
+	sizes, err := datadir.List(t.Context(), w.client, at, []pg.Oid{5})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if len(sizes) < 100 {
 		t.Errorf("the database has %d relations", len(sizes))
 	}
 	for tag, n := range sizes {
-		if _, err := w.relation(t.Context(), at, tag, n); err != nil {
+		if _, err := datadir.Relation(t.Context(), w.client, at, tag, n); err != nil {
 			t.Errorf("%v: %v", tag, err)
 		}
 	}
@@ -239,7 +241,7 @@ func TestStartupStateOnlyWhereItIsKnown(t *testing.T) {
 
 func TestImportRefusesWhatItCannotServe(t *testing.T) {
 	makeBase(t)
-	control := loadDirectory(t, base.dir).control
+	control := loadDirectory(t, base.dir).Control
 	for name, change := range map[string]func(*pg.ControlFile){
 		"running":   func(c *pg.ControlFile) { c.State = pg.DBInProduction },
 		"timeline":  func(c *pg.ControlFile) { c.CheckPointCopy.TimelineID = 2 },
@@ -286,7 +288,7 @@ func TestImportEndsWhereTheNextRecordBegins(t *testing.T) {
 	if err != nil || !ok {
 		t.Fatalf("no record at %v: %v", start, err)
 	}
-	if want := loadDirectory(t, base.dir).control.CheckPoint; walPrev(rec.Data) != want {
+	if want := loadDirectory(t, base.dir).Control.CheckPoint; walPrev(rec.Data) != want {
 		t.Errorf("the first record says that the one before it is at %v, want the checkpoint at %v", walPrev(rec.Data), want)
 	}
 }

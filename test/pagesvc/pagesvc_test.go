@@ -95,7 +95,7 @@ func TestPagesEqualStockPostgres(t *testing.T) {
 	}
 
 	final := loadDirectory(t, s.Dir)
-	w.log.feed(t, s.Dir, final.control.CheckPoint)
+	w.log.feed(t, s.Dir, final.Control.CheckPoint)
 	for range 6 { // in the middle, with its local copies deleted
 		w.wait(start + pg.LSN(rand.Uint64N(uint64(w.log.end-start))))
 		w.restart()
@@ -143,7 +143,7 @@ func TestVerifyRedoComparesEachRecord(t *testing.T) {
 	if err := s.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	w.log.feed(t, s.Dir, loadDirectory(t, s.Dir).control.CheckPoint)
+	w.log.feed(t, s.Dir, loadDirectory(t, s.Dir).Control.CheckPoint)
 	w.wait(w.log.end)
 	counts := checkRedo(t, w)
 	for _, name := range []string{"Heap/INSERT", "Heap/DELETE", "Btree/INSERT_LEAF"} {

@@ -1,8 +1,6 @@
 package pagesvc
 
 import (
-	"bytes"
-	"context"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -165,25 +163,6 @@ func (w *world) wait(lsn pg.LSN) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-}
-
-// relation reads a whole fork, in pieces.
-func (w *world) relation(ctx context.Context, at *pb.ReadPoint, tag pg.RelTag, blocks uint32) ([]byte, error) {
-	var all []byte
-	for b := uint32(0); b < blocks; b += 128 {
-		r, err := w.client.GetPages(ctx, &pb.GetPagesRequest{At: at, Block: b, Count: min(128, blocks-b),
-			Rel: &pb.RelFork{Tablespace: uint32(tag.Tablespace), Database: uint32(tag.Database), Relation: uint32(tag.Relation), Fork: uint32(tag.Fork)}})
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, r.Pages...)
-	}
-	return all, nil
-}
-
-// zeros tells a page that says nothing: zeros, or an empty page's header.
-func zeros(p []byte) bool {
-	return bytes.Count(p, []byte{0}) == len(p) || bytes.Count(p[24:], []byte{0}) == len(p)-24
 }
 
 // withTimeline makes the layers small, so that a short test flushes and compacts.

@@ -22,7 +22,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/test/cluster"
 	"github.com/holdfastdb/holdfast/test/pgtools"
 	"github.com/holdfastdb/holdfast/test/proc"
@@ -32,6 +31,8 @@ type options struct {
 	cache, dir  string
 	only        *regexp.Regexp
 	consistency bool
+	witness     bool
+	seed        uint64
 }
 
 func parseOptions() (options, error) {
@@ -45,6 +46,8 @@ func parseOptions() (options, error) {
 	flag.StringVar(&o.dir, "dir", os.TempDir(), "where the cluster's folder is made")
 	flag.StringVar(&only, "only", "", "a regular expression of the suites to run")
 	flag.BoolVar(&o.consistency, "consistency", false, "compare what redo makes of each record (wal_consistency_checking)")
+	flag.BoolVar(&o.witness, "witness", true, "after each suite, compare the pageserver with a stock server that recovers the same WAL")
+	flag.Uint64Var(&o.seed, "seed", uint64(time.Now().UnixNano()), "of the LSNs that -witness draws")
 	flag.Parse()
 	if o.only, err = regexp.Compile(only); err != nil {
 		return o, fmt.Errorf("-only: %w", err)
@@ -86,7 +89,11 @@ func run(ctx context.Context, o options) (err error) {
 	if o.consistency {
 		set["wal_consistency_checking"] = "all"
 	}
-	c, err := cluster.New(cluster.Options{Dir: filepath.Join(dir, "cluster"), Separate: true, Settings: set, VerifyRedo: o.consistency})
+	co := cluster.Options{Dir: filepath.Join(dir, "cluster"), Separate: true, Settings: set, VerifyRedo: o.consistency}
+	if o.witness {
+		co.HistoryBytes = 1 << 50 // all of it
+	}
+	c, err := cluster.New(co)
 	if err != nil {
 		return err
 	}
@@ -101,7 +108,14 @@ func run(ctx context.Context, o options) (err error) {
 	if err := c.Start(ctx); err != nil {
 		return err
 	}
-	failed := runSuites(ctx, o, src, suites, c, filepath.Join(dir, "out"))
+	var obs *observer
+	if o.witness {
+		if obs, err = observe(ctx, c, witnessDir(dir), o.seed); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, obs.close()) }()
+	}
+	failed := runSuites(ctx, o, src, suites, c, obs, filepath.Join(dir, "out"))
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -115,20 +129,28 @@ func run(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-func runSuites(ctx context.Context, o options, src *source, suites []suite, c *cluster.Cluster, out string) (failed []string) {
+func runSuites(ctx context.Context, o options, src *source, suites []suite, c *cluster.Cluster, obs *observer, out string) (failed []string) {
 	passed := 0
 	for _, q := range suites {
 		if !o.only.MatchString(q.name) {
 			continue
 		}
-		r := src.run(ctx, c.Target(), q, filepath.Join(out, strings.ReplaceAll(q.name, "/", "-")))
-		passed += r.passed
-		fmt.Printf("%-28s %3d passed, %d failed in %.0fs %s\n", q.name, r.passed, len(r.failed), r.took.Seconds(), strings.Join(r.failed, " "))
-		switch {
-		case r.err != nil:
-			failed = append(failed, fmt.Sprintf("%s: %v", q.name, r.err))
-		case len(r.failed) > 0:
-			failed = append(failed, fmt.Sprintf("%s: %s (%s)", q.name, strings.Join(r.failed, " "), r.diffs))
+		one := func() {
+			r := src.run(ctx, c.Target(), q, filepath.Join(out, strings.ReplaceAll(q.name, "/", "-")))
+			passed += r.passed
+			fmt.Printf("%-28s %3d passed, %d failed in %.0fs %s\n", q.name, r.passed, len(r.failed), r.took.Seconds(), strings.Join(r.failed, " "))
+			switch {
+			case r.err != nil:
+				failed = append(failed, fmt.Sprintf("%s: %v", q.name, r.err))
+			case len(r.failed) > 0:
+				failed = append(failed, fmt.Sprintf("%s: %s (%s)", q.name, strings.Join(r.failed, " "), r.diffs))
+			}
+		}
+		if obs == nil {
+			one()
+		} else {
+			differs := obs.during(ctx, q.name, one)
+			failed = append(failed, differs...)
 		}
 		if ctx.Err() != nil {
 			return failed
@@ -144,8 +166,7 @@ func runSuites(ctx context.Context, o options, src *source, suites []suite, c *c
 // checks waits until the pageserver has ingested all WAL, and prints what it compared.
 func checks(ctx context.Context, c *cluster.Cluster) (failed []string) {
 	var list []cluster.RedoCheck
-	err := waitIngested(ctx, c, func(found []cluster.RedoCheck) { list = found })
-	if err != nil {
+	if _, err := waitIngested(ctx, c, func(found []cluster.RedoCheck) { list = found }); err != nil {
 		return []string{err.Error()}
 	}
 	var total uint64
@@ -161,49 +182,6 @@ func checks(ctx context.Context, c *cluster.Cluster) (failed []string) {
 		failed = append(failed, "nothing was compared")
 	}
 	return failed
-}
-
-func waitIngested(ctx context.Context, c *cluster.Cluster, then func([]cluster.RedoCheck)) error {
-	conn, err := c.Target().Connect(ctx)
-	if err != nil {
-		return err
-	}
-	var text string
-	err = errors.Join(conn.QueryRow(ctx, "SELECT pg_current_wal_flush_lsn()::text").Scan(&text), conn.Close(ctx))
-	if err != nil {
-		return err
-	}
-	end, err := pg.ParseLSN(text)
-	if err != nil {
-		return err
-	}
-	for said := ""; ; {
-		st, err := c.Status(ctx)
-		if err != nil {
-			return err
-		}
-		if len(st.Pageserver.Branches) != 1 {
-			return fmt.Errorf("the pageserver has %d branches, want 1", len(st.Pageserver.Branches))
-		}
-		b := st.Pageserver.Branches[0]
-		have, err := pg.ParseLSN(b.IngestedLSN)
-		if err != nil {
-			return err
-		}
-		if have >= end {
-			then(b.RedoChecks)
-			return nil
-		}
-		if now := fmt.Sprintf("the pageserver has ingested %v of %v %s", have, end, b.Error); time.Now().Second()%30 == 0 && now != said {
-			fmt.Println(now)
-			said = now
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(time.Second):
-		}
-	}
 }
 
 // outlives kills the endpoint, whose pages then all come from the pageserver, and wants the

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/moby/sys/mountinfo"
 )
 
 // A child's parent-death signal comes when the thread that started it ends, so one thread
@@ -94,16 +96,14 @@ func WaitNone(dir string, timeout time.Duration) error {
 
 // Mounts lists the mount points below dir, without those inside another.
 func Mounts(dir string) []string {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	list, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return nil
 	}
 	var found []string
-	for line := range strings.Lines(string(data)) {
-		f := strings.Fields(line)
-		inside := func(outer string) bool { return strings.HasPrefix(f[4], outer+"/") }
-		if len(f) > 4 && (f[4] == dir || inside(dir)) && !slices.ContainsFunc(found, inside) {
-			found = append(found, f[4])
+	for _, m := range list {
+		if !slices.ContainsFunc(found, func(outer string) bool { return strings.HasPrefix(m.Mountpoint, outer+"/") }) {
+			found = append(found, m.Mountpoint)
 		}
 	}
 	return found

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/user"
@@ -18,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/test/pgtools"
 	"github.com/holdfastdb/holdfast/test/proc"
 )
@@ -56,40 +58,57 @@ func New(ctx context.Context, dir, name string, settings map[string]string) (*Se
 }
 
 func prepare(dir, name string) (*Server, error) {
-	bin, err := pgtools.Dir()
-	if err != nil {
-		return nil, err
-	}
-	port, err := pgtools.FreePort()
-	if err != nil {
-		return nil, err
-	}
-	s := &Server{Dir: filepath.Join(dir, name), Port: port, bin: bin}
-	if os.Getuid() == 0 {
-		u, err := user.Lookup("postgres")
-		if err != nil {
-			return nil, fmt.Errorf("PostgreSQL refuses to run as root: %w", err)
-		}
-		uid, err := strconv.ParseUint(u.Uid, 10, 32)
-		if err != nil {
-			return nil, err
-		}
-		gid, err := strconv.ParseUint(u.Gid, 10, 32)
-		if err != nil {
-			return nil, err
-		}
-		s.cred = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
-	}
+	s := &Server{Dir: filepath.Join(dir, name)}
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := openPath(dir); err != nil {
+	return s, s.adopt()
+}
+
+// Open is a server over a data directory that exists, whose files it makes its own.
+func Open(dir string) (*Server, error) {
+	s := &Server{Dir: dir}
+	if err := s.adopt(); err != nil {
 		return nil, err
 	}
-	if s.cred != nil {
-		return s, os.Chown(s.Dir, int(s.cred.Uid), int(s.cred.Gid))
+	if s.cred == nil {
+		return s, nil
 	}
-	return s, nil
+	return s, filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(p, int(s.cred.Uid), int(s.cred.Gid)))
+	})
+}
+
+// adopt finds out who runs the server, with what programs, and gives it its folder.
+func (s *Server) adopt() (err error) {
+	if s.bin, err = pgtools.Dir(); err != nil {
+		return err
+	}
+	if s.Port, err = pgtools.FreePort(); err != nil {
+		return err
+	}
+	if os.Getuid() == 0 {
+		u, err := user.Lookup("postgres")
+		if err != nil {
+			return fmt.Errorf("PostgreSQL refuses to run as root: %w", err)
+		}
+		uid, err := strconv.ParseUint(u.Uid, 10, 32)
+		if err != nil {
+			return err
+		}
+		gid, err := strconv.ParseUint(u.Gid, 10, 32)
+		if err != nil {
+			return err
+		}
+		s.cred = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	}
+	if err := openPath(filepath.Dir(s.Dir)); err != nil {
+		return err
+	}
+	if s.cred != nil {
+		return os.Chown(s.Dir, int(s.cred.Uid), int(s.cred.Gid))
+	}
+	return nil
 }
 
 // openPath lets the server's user pass through the folders above its own, as far as these
@@ -182,6 +201,34 @@ func (s *Server) Start(ctx context.Context) error {
 		return fmt.Errorf("starting stock PostgreSQL, whose log is %s: %w", s.Log(), err)
 	}
 	return conn.Close(ctx)
+}
+
+// Recover lets the server, which must not run, recover WAL from an archive, a folder of
+// segment files, up to a checkpoint record at target, that record included, and end there.
+func (s *Server) Recover(ctx context.Context, archive string, target pg.LSN) error {
+	err := s.Configure(map[string]string{"restore_command": fmt.Sprintf("cp %s/%%f %%p", archive), "recovery_target_lsn": target.String(),
+		"recovery_target_action": "shutdown", "hot_standby": "off"})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir, "recovery.signal"), nil, 0o644); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(s.Log(), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(filepath.Join(s.bin, "postgres"), "-D", s.Dir)
+	s.prepareCommand(cmd)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := proc.Start(cmd); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	defer stop()
+	_ = cmd.Wait() // a server that ends at its target says that it failed: pg_control tells where it ended
+	return errors.Join(ctx.Err(), proc.WaitNone(s.Dir, 20*time.Second))
 }
 
 // Stop shuts the server down in order ("fast").

@@ -1,0 +1,148 @@
+package witness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/holdfastdb/holdfast/compute/boot"
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/seal"
+	"github.com/holdfastdb/holdfast/internal/walclient"
+)
+
+// archive is a folder of WAL segment files, of which each but the last is whole.
+type archive struct {
+	dir             string
+	project, branch string
+	source          *walclient.Client
+	ring            keyring.Ring
+	end             pg.LSN // the WAL up to here is in the files
+	plain           []byte
+}
+
+// newArchive begins with what a start's plan shows of pg_wal before its first byte of WAL.
+func newArchive(dir string, plan *boot.Plan, source *walclient.Client, ring keyring.Ring, cfg Config) (*archive, error) {
+	a := &archive{dir: dir, project: cfg.Project, branch: cfg.Branch, source: source, ring: ring, end: plan.Begin}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return a, err
+	}
+	for _, f := range plan.Files {
+		if filepath.Dir(f.Path) != "pg_wal" {
+			continue
+		}
+		if err := a.write(filepath.Base(f.Path), f.Data, 0); err != nil {
+			return a, err
+		}
+	}
+	return a, nil
+}
+
+// write puts bytes into a segment file, which has a segment's size from the start.
+func (a *archive) write(name string, b []byte, off int64) error {
+	return writeSegment(a.dir, name, b, off)
+}
+
+func writeSegment(dir, name string, b []byte, off int64) (err error) {
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := f.Truncate(pg.WALSegmentSize); err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, off)
+	return err
+}
+
+// put writes WAL that begins at an LSN.
+func put(dir string, at pg.LSN, wal []byte) error {
+	for len(wal) > 0 {
+		off := at - at.SegmentStart()
+		n := min(len(wal), int(pg.WALSegmentSize-off))
+		if err := writeSegment(dir, pg.WALFileName(at), wal[:n], int64(off)); err != nil {
+			return err
+		}
+		wal, at = wal[n:], at+pg.LSN(n)
+	}
+	return nil
+}
+
+var errThere = errors.New("all WAL that was asked for is there")
+
+// fetch brings the WAL up to an LSN, which must be committed.
+func (a *archive) fetch(ctx context.Context, until pg.LSN) error {
+	if a.end >= until {
+		return nil
+	}
+	err := a.source.Follow(ctx, a.end, func(chunks []*pb.SealedWAL, _ pg.LSN) error {
+		for _, c := range chunks {
+			if err := a.take(ctx, c); err != nil {
+				return err
+			}
+		}
+		if a.end >= until {
+			return errThere
+		}
+		return nil
+	})
+	if errors.Is(err, errThere) {
+		return nil
+	}
+	return fmt.Errorf("reading WAL from %v to %v: %w", a.end, until, err)
+}
+
+func (a *archive) take(ctx context.Context, c *pb.SealedWAL) error {
+	begin, end := pg.LSN(c.BeginLsn), pg.LSN(c.EndLsn)
+	sc := seal.Context{Purpose: seal.PurposeWAL, Project: a.project, Branch: a.branch, Object: c.Object}
+	key, err := a.ring.Open(ctx, sc, c.WrappedDek)
+	if err != nil {
+		return err
+	}
+	if a.plain, err = seal.OpenWAL(a.plain[:0], key, sc, begin, end, c.Counter, c.Ciphertext); err != nil {
+		return err
+	}
+	if err := put(a.dir, begin, a.plain); err != nil {
+		return err
+	}
+	a.end = max(a.end, end)
+	return nil
+}
+
+// copyWithStart makes an archive that ends with the record of a start: the WAL after it is not
+// in there.
+func (a *archive) copyWithStart(dir string, plan *boot.Plan) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	files, err := os.ReadDir(a.dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		start, ok := pg.ParseWALFileName(f.Name())
+		if !ok {
+			return fmt.Errorf("%s is no name of a WAL file", f.Name())
+		}
+		from, to := filepath.Join(a.dir, f.Name()), filepath.Join(dir, f.Name())
+		switch {
+		case start > plan.Begin:
+		case start < plan.Begin.SegmentStart():
+			err = os.Link(from, to)
+		default:
+			var b []byte
+			if b, err = os.ReadFile(from); err == nil {
+				err = writeSegment(dir, f.Name(), b[:plan.Begin-start], 0)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return put(dir, plan.Begin, plan.WAL)
+}
