@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -258,7 +257,7 @@ func TestLayersGoOnWhenTheBucketHasRoomAgain(t *testing.T) {
 		}
 		var durable uint64
 		for _, b := range st.Pageserver.Branches {
-			durable, _ = strconv.ParseUint(b.DurableLSN, 10, 64) // 0 until attached
+			durable = uint64(b.DurableLSN) // 0 until attached
 		}
 		if durable >= target {
 			break
@@ -281,5 +280,5 @@ func (c *fullCluster) ingested(ctx context.Context) (uint64, error) {
 	if len(st.Pageserver.Branches) == 0 {
 		return 0, fmt.Errorf("the pageserver serves no branch: %v", st.Errors)
 	}
-	return strconv.ParseUint(st.Pageserver.Branches[0].IngestedLSN, 10, 64)
+	return uint64(st.Pageserver.Branches[0].IngestedLSN), nil
 }

@@ -223,15 +223,15 @@ func (b *bench) ingest(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		var at uint64
+		var at pg.LSN // 0 until it is attached
 		for _, br := range st.Pageserver.Branches {
-			at, _ = strconv.ParseUint(br.IngestedLSN, 10, 64) // 0 until it is attached
+			at = br.IngestedLSN
 		}
 		if at > 0 && began.IsZero() {
 			began = time.Now()
-			from = max(from, pg.LSN(at))
+			from = max(from, at)
 		}
-		if pg.LSN(at) >= to {
+		if at >= to {
 			break
 		}
 		select {

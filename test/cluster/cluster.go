@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/config"
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/test/pgtools"
 	"github.com/holdfastdb/holdfast/test/proc"
 )
@@ -456,17 +457,17 @@ type Status struct {
 		Groups   []struct{ Group, Term, Leader, Commit, Applied string }
 		Branches []struct {
 			Branch     string
-			StartLSN   string `json:"start_lsn"`
-			EndLSN     string `json:"end_lsn"`
-			DurableLSN string `json:"durable_lsn"`
+			StartLSN   pg.LSN `json:"start_lsn,string"`
+			EndLSN     pg.LSN `json:"end_lsn,string"`
+			DurableLSN pg.LSN `json:"durable_lsn,string"`
 		}
 		DiskBytes string `json:"disk_bytes"`
 	}
 	Pageserver struct {
 		Branches []struct {
 			Branch      string
-			IngestedLSN string `json:"ingested_lsn"`
-			DurableLSN  string `json:"durable_lsn"`
+			IngestedLSN pg.LSN `json:"ingested_lsn,string"`
+			DurableLSN  pg.LSN `json:"durable_lsn,string"`
 			Layers      string
 			LayerBytes  string `json:"layer_bytes"`
 			MemoryBytes string `json:"memory_bytes"`
