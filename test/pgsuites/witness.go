@@ -66,6 +66,11 @@ func (o *observer) during(ctx context.Context, name string, suite func()) (faile
 	if _, err := o.c.CLI(ctx, "endpoint", "stop"); err != nil {
 		return fail(err)
 	}
+	defer func() {
+		if _, err := o.c.CLI(ctx, "endpoint", "start"); err != nil {
+			failed = fail(err)
+		}
+	}()
 	end, err := waitIngested(ctx, o.c, func([]cluster.RedoCheck) {})
 	if err != nil {
 		return fail(err)
@@ -84,11 +89,7 @@ func (o *observer) during(ctx context.Context, name string, suite func()) (faile
 	if err != nil {
 		return fail(err)
 	}
-	failed = append(failed, told(name, "shutdown", r)...)
-	if _, err := o.c.CLI(ctx, "endpoint", "start"); err != nil {
-		return fail(err)
-	}
-	return failed
+	return append(failed, told(name, "shutdown", r)...)
 }
 
 func told(name, what string, r *witness.Result) []string {

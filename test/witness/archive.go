@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/holdfastdb/holdfast/compute/boot"
 	"github.com/holdfastdb/holdfast/internal/api/pb"
@@ -15,31 +16,68 @@ import (
 	"github.com/holdfastdb/holdfast/internal/walclient"
 )
 
-// archive is a folder of WAL segment files, of which each but the last is whole.
+// archive is a folder of WAL segment files, of which each but the last is whole. It follows the
+// log all the time, since safekeepers keep only what is not in layers yet.
 type archive struct {
 	dir             string
 	project, branch string
 	source          *walclient.Client
 	ring            keyring.Ring
-	end             pg.LSN // the WAL up to here is in the files
-	plain           []byte
+	stop            context.CancelFunc
+	done            chan struct{} // closed when nothing follows the log any more; err is valid then
+	err             error
+
+	mu struct {
+		sync.Mutex
+		end   pg.LSN        // the WAL up to here is in the files
+		grown chan struct{} // closed when end moves
+	}
+	plain []byte // the follower's
 }
 
 // newArchive begins with what a start's plan shows of pg_wal before its first byte of WAL.
 func newArchive(dir string, plan *boot.Plan, source *walclient.Client, ring keyring.Ring, cfg Config) (*archive, error) {
-	a := &archive{dir: dir, project: cfg.Project, branch: cfg.Branch, source: source, ring: ring, end: plan.Begin}
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return a, err
+	a := &archive{dir: dir, project: cfg.Project, branch: cfg.Branch, source: source, ring: ring, done: make(chan struct{})}
+	a.mu.end, a.mu.grown = plan.Begin, make(chan struct{})
+	ctx, stop := context.WithCancel(context.Background())
+	a.stop = stop
+	if err := a.begin(plan); err != nil {
+		stop()
+		return nil, errors.Join(err, source.Close())
+	}
+	go func() {
+		defer close(a.done)
+		a.err = source.Follow(ctx, plan.Begin, func(chunks []*pb.SealedWAL, _ pg.LSN) error {
+			for _, c := range chunks {
+				if err := a.take(ctx, c); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}()
+	return a, nil
+}
+
+func (a *archive) close() error {
+	a.stop()
+	<-a.done
+	return a.source.Close()
+}
+
+func (a *archive) begin(plan *boot.Plan) error {
+	if err := os.Mkdir(a.dir, 0o755); err != nil {
+		return err
 	}
 	for _, f := range plan.Files {
 		if filepath.Dir(f.Path) != "pg_wal" {
 			continue
 		}
 		if err := a.write(filepath.Base(f.Path), f.Data, 0); err != nil {
-			return a, err
+			return err
 		}
 	}
-	return a, nil
+	return nil
 }
 
 // write puts bytes into a segment file, which has a segment's size from the start.
@@ -73,28 +111,23 @@ func put(dir string, at pg.LSN, wal []byte) error {
 	return nil
 }
 
-var errThere = errors.New("all WAL that was asked for is there")
-
-// fetch brings the WAL up to an LSN, which must be committed.
-func (a *archive) fetch(ctx context.Context, until pg.LSN) error {
-	if a.end >= until {
-		return nil
-	}
-	err := a.source.Follow(ctx, a.end, func(chunks []*pb.SealedWAL, _ pg.LSN) error {
-		for _, c := range chunks {
-			if err := a.take(ctx, c); err != nil {
-				return err
-			}
+// wait waits until the WAL up to an LSN, which must be committed, is in the files.
+func (a *archive) wait(ctx context.Context, until pg.LSN) error {
+	for {
+		a.mu.Lock()
+		end, grown := a.mu.end, a.mu.grown
+		a.mu.Unlock()
+		if end >= until {
+			return nil
 		}
-		if a.end >= until {
-			return errThere
+		select {
+		case <-grown:
+		case <-a.done:
+			return fmt.Errorf("following the WAL ended at %v, before %v: %w", end, until, a.err)
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for WAL up to %v, at %v: %w", until, end, ctx.Err())
 		}
-		return nil
-	})
-	if errors.Is(err, errThere) {
-		return nil
 	}
-	return fmt.Errorf("reading WAL from %v to %v: %w", a.end, until, err)
 }
 
 func (a *archive) take(ctx context.Context, c *pb.SealedWAL) error {
@@ -110,7 +143,13 @@ func (a *archive) take(ctx context.Context, c *pb.SealedWAL) error {
 	if err := put(a.dir, begin, a.plain); err != nil {
 		return err
 	}
-	a.end = max(a.end, end)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if end > a.mu.end {
+		a.mu.end = end
+		close(a.mu.grown)
+		a.mu.grown = make(chan struct{})
+	}
 	return nil
 }
 

@@ -101,7 +101,7 @@ func (w *Witness) dial(addr string) (*grpc.ClientConn, error) {
 func (w *Witness) Close() error {
 	var errs []error
 	if w.wal != nil {
-		errs = append(errs, w.wal.source.Close())
+		errs = append(errs, w.wal.close())
 	}
 	if w.ring != nil {
 		w.ring.Close()
@@ -136,7 +136,7 @@ func (w *Witness) AtShutdown(ctx context.Context, end pg.LSN) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := w.wal.fetch(ctx, end); err != nil {
+	if err := w.wal.wait(ctx, end); err != nil {
 		return nil, err
 	}
 	return w.recoverAndCompare(ctx, w.server, w.wal.dir, pg.LSN(state.PrevRecordLsn), end)
@@ -150,7 +150,7 @@ func (w *Witness) AtStart(ctx context.Context, lsn pg.LSN) (res *Result, err err
 	if err != nil {
 		return nil, err
 	}
-	if err := w.wal.fetch(ctx, lsn); err != nil {
+	if err := w.wal.wait(ctx, lsn); err != nil {
 		return nil, err
 	}
 	dir, err := os.MkdirTemp(w.cfg.Dir, "at-")
