@@ -5,11 +5,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
+	"github.com/holdfastdb/holdfast/test/datadir"
 	"github.com/holdfastdb/holdfast/test/stock"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
@@ -116,6 +118,45 @@ func TestPagesEqualStockPostgres(t *testing.T) {
 		w.wait(w.log.end)
 	}
 }
+
+// TestComparisonFindsEachKindOfDifference shows that the comparison, on which several tests
+// rest, can fail: one change of each kind is found, and only that.
+func TestComparisonFindsEachKindOfDifference(t *testing.T) {
+	w := imported(t)
+	at := w.point(w.log.end, false)
+	spoil := map[string]func(d *datadir.Directory){
+		"differs from byte 8000 on": func(d *datadir.Directory) { d.Relations[pgClass][8000] ^= 1 },
+		"want 1":                    func(d *datadir.Directory) { d.Relations[pgClass] = d.Relations[pgClass][:pg.BlockSize] },
+		"exists only":               func(d *datadir.Directory) { delete(d.Relations, pgClass) },
+		"is missing": func(d *datadir.Directory) {
+			tag := pgClass
+			tag.Relation = 4000000
+			d.Relations[tag] = d.Relations[pgClass]
+		},
+		"page 0 of pg_xact differs": func(d *datadir.Directory) { d.SLRU[pg.CLog][0][0] ^= 1 },
+		"base/5/pg_filenode.map":    func(d *datadir.Directory) { d.Files["base/5/pg_filenode.map"] += "x" },
+		"base/77/PG_VERSION":        func(d *datadir.Directory) { d.Files["base/77/PG_VERSION"] = "15\n" },
+	}
+	for want, do := range spoil {
+		d := loadDirectory(t, base.dir)
+		do(d)
+		c := &datadir.Comparison{Client: w.client, At: at, Want: d}
+		problems, err := c.Run(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, files, err := c.Startup(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if problems = append(problems, files...); len(problems) != 1 || !strings.Contains(problems[0], want) {
+			t.Errorf("want one problem with %q, have %q", want, problems)
+		}
+	}
+}
+
+// pgClass is a relation of the database postgres that each directory has, of several pages.
+var pgClass = pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: pg.DefaultTablespaceOid, Database: 5, Relation: 1259}}
 
 func TestVerifyRedoComparesEachRecord(t *testing.T) {
 	testenv.NeedPostgres(t)

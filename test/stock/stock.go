@@ -105,6 +105,9 @@ func (s *Server) adopt() (err error) {
 	if err := openPath(filepath.Dir(s.Dir)); err != nil {
 		return err
 	}
+	if err := os.Chmod(s.Dir, 0o700); err != nil { // which PostgreSQL insists on
+		return err
+	}
 	if s.cred != nil {
 		return os.Chown(s.Dir, int(s.cred.Uid), int(s.cred.Gid))
 	}

@@ -197,7 +197,7 @@ func (w *Witness) recoverAndCompare(ctx context.Context, s *stock.Server, wal st
 		return nil, err
 	}
 	if dir.Control.CheckPoint != checkpoint {
-		return nil, fmt.Errorf("recovery ended at the checkpoint %v, not at %v: see %s", dir.Control.CheckPoint, checkpoint, s.Log())
+		return nil, fmt.Errorf("recovery ended at the checkpoint %v, not at %v:\n%s", dir.Control.CheckPoint, checkpoint, tail(s.Log()))
 	}
 	c := &datadir.Comparison{Client: w.client, At: w.at(at), Want: dir, Mask: maskUnused}
 	if res.Problems, err = c.Run(ctx); err != nil {
@@ -296,4 +296,13 @@ func (w *Witness) exportSLRUs(ctx context.Context, data string) error {
 		}
 	}
 	return nil
+}
+
+// tail is the end of a log.
+func tail(name string) []byte {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return []byte(err.Error())
+	}
+	return b[max(0, len(b)-2000):]
 }
