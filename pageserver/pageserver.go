@@ -179,6 +179,19 @@ func (s *Server) attach(project, id string) (*branch, error) {
 	return b, nil
 }
 
+// Flush makes durable what was ingested of a branch so far: its WAL is not read again.
+func (s *Server) Flush(ctx context.Context, project, id string) error {
+	b, err := s.branch(project, id)
+	if err != nil {
+		return err
+	}
+	tl, err := b.timeline(ctx)
+	if err == nil {
+		err = tl.Flush(ctx)
+	}
+	return b.status(err)
+}
+
 // forget drops a branch that is not in the bucket, so that a later Attach looks again.
 func (s *Server) forget(b *branch) {
 	s.mu.Lock()

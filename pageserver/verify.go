@@ -77,14 +77,17 @@ func (v *verifier) block(ctx context.Context, tl *timeline.Timeline, rec *walrec
 	if !b.HasImage || b.ApplyImage {
 		return nil
 	}
-	page := make([]byte, pg.BlockSize)
-	err := pageread.Page(ctx, tl, keyspace.RelPage(b.Rel, b.Block), rec.End, page)
+	page, key := make([]byte, pg.BlockSize), keyspace.RelPage(b.Rel, b.Block)
+	err := pageread.Page(ctx, tl, key, rec.End, page)
 	if ctx.Err() != nil || needsReopen(err) {
 		return err
 	}
 	if err != nil {
 		v.count(rec, true, true, err)
 		return nil
+	}
+	if b.Rel.Fork != pg.FSMFork { // whose image is more than the page
+		tl.Remember(key, rec.End, page) // the next record of the page is applied to it, not to all before it again
 	}
 	checked, err := redo.Check(rec, b, page)
 	v.count(rec, checked, false, err)

@@ -7,8 +7,8 @@
 // branch's past it asks of a Lookup. The caller's duties, in order, for each batch:
 //
 //  1. For each record: if Barrier says so, Take and store what there is first. Then Apply.
-//  2. Take the entries, and store them in one step. Their data is the Core's memory, which the
-//     next Apply uses again.
+//  2. Take the entries, and store them in one step. They and their data are the Core's memory,
+//     which the next Apply uses again.
 //  3. After any error: Wipe the Core, and go on with a new one from the stored state.
 //
 // A page's versions of an earlier life must never show through (invariant P1). When a
@@ -80,6 +80,7 @@ type Core struct {
 	marks map[mark]struct{}
 
 	out   []timeline.Entry
+	given []timeline.Entry // what Take gave, to be used again
 	bytes int
 	mem   memory
 	taken bool // the entries whose data is in mem are stored
@@ -132,7 +133,8 @@ func (c *Core) Barrier(rec *walrec.Record) bool {
 func (c *Core) Apply(ctx context.Context, rec *walrec.Record) error {
 	if c.taken {
 		c.mem.reset()
-		c.taken = false
+		clear(c.given)
+		c.out, c.given, c.taken = c.given[:0], nil, false
 	}
 	c.ctx, c.rec, c.change = ctx, rec, nil
 	c.state.checkPoint().AdvanceXid(rec.Xid)
@@ -194,7 +196,7 @@ func (c *Core) message() error {
 func (c *Core) Take(upTo pg.LSN) []timeline.Entry {
 	out := append(c.out, timeline.Entry{Key: keyspace.Checkpoint(),
 		Value: timeline.Value{LSN: upTo, Kind: timeline.Image, Data: c.state.Marshal()}})
-	c.out, c.bytes, c.last, c.taken = nil, 0, upTo, true
+	c.out, c.given, c.bytes, c.last, c.taken = nil, out, 0, upTo, true
 	if len(c.sizes) > maxSizes {
 		clear(c.sizes)
 	}
@@ -225,7 +227,7 @@ func (c *Core) alloc(n int) []byte { return c.mem.alloc(n) }
 // Wipe clears the plaintext that the Core holds. The Core is of no use after it (K2).
 func (c *Core) Wipe() {
 	c.mem.reset()
-	c.out = nil
+	c.out, c.given = nil, nil
 }
 
 func (c *Core) u32(v uint32) []byte {

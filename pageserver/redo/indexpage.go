@@ -84,7 +84,7 @@ func (p page) deleteMany(numbers []uint16) error {
 			continue
 		}
 		items[len(keep)] = p.rawItem(n)
-		keep = append(keep, place{len(keep) + 1, off, size})
+		keep = append(keep, place{uint16(len(keep) + 1), uint16(off), uint16(size)})
 	}
 	if len(numbers) > 0 {
 		return fmt.Errorf("offset number %d to delete is out of order or beyond the page's end", numbers[0])

@@ -185,30 +185,43 @@ func (p page) addItem(tuple []byte, n, mode int) error {
 
 // place is a tuple that compact keeps: the line pointer it belongs to, where it
 // is, and the space it takes.
-type place struct{ n, off, size int }
+type place struct{ n, off, size uint16 }
 
 // compact moves the kept tuples to the end of the page, the first one highest
 // (compactify_tuples), and fixes their line pointers.
 func (p page) compact(keep []place) error {
 	total := 0
 	for _, k := range keep {
-		total += k.size
+		total += int(k.size)
 	}
-	special := p.special()
-	if total > special-p.lower() {
-		return fmt.Errorf("corrupt item lengths: %d bytes in total, %d available", total, special-p.lower())
+	upper := p.special()
+	if total > upper-p.lower() {
+		return fmt.Errorf("corrupt item lengths: %d bytes in total, %d available", total, upper-p.lower())
 	}
-	var old [pg.BlockSize]byte
-	copy(old[p.upper():special], p[p.upper():special])
-	upper := special
-	for _, k := range keep {
-		upper -= k.size
-		copy(p[upper:upper+k.size], old[k.off:k.off+k.size])
-		item := p.rawItem(k.n)
-		p.setItem(k.n, makeItem(upper, item.flags(), item.len()))
+	for len(keep) > 0 && int(keep[0].off+keep[0].size) == upper { // it is where it belongs
+		upper = int(keep[0].off)
+		keep = keep[1:]
+	}
+	if len(keep) > 0 {
+		upper = p.move(keep, upper)
 	}
 	p.setUpper(upper)
 	return nil
+}
+
+// move puts the tuples one below the other, the first one below end, and gives where the last
+// begins.
+func (p page) move(keep []place, end int) int {
+	var old [pg.BlockSize]byte
+	copy(old[p.upper():p.special()], p[p.upper():p.special()])
+	for _, k := range keep {
+		size := int(k.size)
+		end -= size
+		copy(p[end:end+size], old[k.off:int(k.off)+size])
+		item := p.rawItem(int(k.n))
+		p.setItem(int(k.n), makeItem(end, item.flags(), item.len()))
+	}
+	return end
 }
 
 // repairFragmentation closes the holes that pruned tuples left and drops unused
@@ -232,7 +245,7 @@ func (p page) repairFragmentation() error {
 		if _, err := p.storage(item); err != nil || item.off()+size > p.special() {
 			return fmt.Errorf("offset number %d: corrupt line pointer %d+%d", n, item.off(), item.len())
 		}
-		keep = append(keep, place{n, item.off(), size})
+		keep = append(keep, place{uint16(n), uint16(item.off()), uint16(size)})
 	}
 	if err := p.compact(keep); err != nil {
 		return err

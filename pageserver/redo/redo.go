@@ -19,6 +19,7 @@ package redo
 import (
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/walrec"
@@ -155,7 +156,7 @@ func applyBlock(tag pg.RelTag, block pg.BlockNumber, p []byte, rec *walrec.Recor
 			return errors.New("the record names the block twice")
 		}
 		named = true
-		if err := applyRef(&op{rec: rec, blk: b, page: p}); err != nil {
+		if err := applyPooled(op{rec: rec, blk: b, page: p}); err != nil {
 			return err
 		}
 	}
@@ -163,6 +164,18 @@ func applyBlock(tag pg.RelTag, block pg.BlockNumber, p []byte, rec *walrec.Recor
 		return nil
 	}
 	return applyUnnamed(tag, block, p, rec)
+}
+
+// ops spares an allocation for each record: an op is on the heap, since it goes through a table.
+var ops = sync.Pool{New: func() any { return new(op) }}
+
+func applyPooled(work op) error {
+	o := ops.Get().(*op)
+	defer ops.Put(o)
+	*o = work
+	err := applyRef(o)
+	*o = op{}
+	return err
 }
 
 // applyRef is what XLogReadBufferForRedo and a redo routine do for one block

@@ -121,7 +121,16 @@ func (t *Timeline) writeFrozen(m *memtable) (layerDesc, error) {
 			err := t.collectFiles(t.ctx, v, key, maxLSN, &c)
 			return c.result(), err
 		}}
-	if err = m.all(f.add); err == nil {
+	err = m.all(func(e Entry, ofKey int) error {
+		if ofKey >= f.imageAfter {
+			return f.add(e)
+		}
+		if err := f.end(); err != nil { // of a key before
+			return err
+		}
+		return b.add(e) // too few to be folded: the folder need not gather them
+	})
+	if err == nil {
 		err = f.end()
 	}
 	if err != nil {

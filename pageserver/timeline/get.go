@@ -43,10 +43,16 @@ func (t *Timeline) shorten(key keyspace.Key, h History) History {
 		return h // the caller's own redo meets the error and can say more of it
 	}
 	image := &Value{LSN: h.Changes[n-1].LSN, Kind: Image, Data: data}
-	if image.LSN < t.LastLSN() { // else versions at its LSN may be still to come
-		t.hot.keep(key, image)
-	}
+	t.Remember(key, image.LSN, data)
 	return History{Base: image}
+}
+
+// Remember keeps an image of what Get gave at lsn, so that the next reads of the key need only the
+// changes since. It copies data.
+func (t *Timeline) Remember(key keyspace.Key, lsn pg.LSN, data []byte) {
+	if lsn < t.LastLSN() { // else versions at lsn may be still to come
+		t.hot.keep(key, &Value{LSN: lsn, Kind: Image, Data: data})
+	}
 }
 
 // holdAt gives the current view if it can be read at lsn.

@@ -30,12 +30,17 @@ type memtable struct {
 
 	mu struct {
 		sync.RWMutex
-		heads [256]map[keyspace.Key]uint32 // by kind: newest version; a scan reads one kind's keys
-		nodes [][]node
-		count uint32
-		arena [][]byte
-		bytes int64
-		wiped bool
+		// slots are the keys, by kind (a scan reads one kind's), each with its place in heads,
+		// which has its newest version: another version of a key needs one look, and no write, in a map.
+		slots    [256]map[keyspace.Key]uint32
+		heads    []uint32
+		lastKey  keyspace.Key // the key of the last insert: often the next one's
+		lastSlot uint32
+		nodes    [][]node
+		count    uint32
+		arena    [][]byte
+		bytes    int64
+		wiped    bool
 	}
 }
 
@@ -66,7 +71,7 @@ func (m *memtable) wipe() {
 		clear(c[:cap(c)])
 	}
 	m.mu.arena, m.mu.nodes, m.mu.count = nil, nil, 0
-	m.mu.heads = [256]map[keyspace.Key]uint32{}
+	m.mu.slots, m.mu.heads = [256]map[keyspace.Key]uint32{}, nil
 	m.mu.wiped = true
 }
 
@@ -93,11 +98,6 @@ func (m *memtable) insertSome(entries []Entry) bool {
 	}
 	for i := range entries {
 		e := &entries[i]
-		heads := m.mu.heads[e.Key[0]]
-		if heads == nil {
-			heads = make(map[keyspace.Key]uint32)
-			m.mu.heads[e.Key[0]] = heads
-		}
 		number := m.mu.count
 		if number%nodeChunk == 0 {
 			m.mu.nodes = append(m.mu.nodes, make([]node, nodeChunk))
@@ -105,14 +105,33 @@ func (m *memtable) insertSome(entries []Entry) bool {
 		n := &m.mu.nodes[number/nodeChunk][number%nodeChunk]
 		n.lsn, n.kind, n.size = e.LSN, e.Kind, uint32(len(e.Data))
 		n.chunk, n.off = m.storeLocked(e.Data)
-		if head, ok := heads[e.Key]; ok {
-			n.older = head + 1
-		}
-		heads[e.Key] = number
+		head := m.headLocked(e.Key)
+		n.older = *head
+		*head = number + 1
 		m.mu.count++
 		m.mu.bytes += int64(len(e.Data)) + entryOverhead
 	}
 	return true
+}
+
+// headLocked is the number of the key's newest version, plus one; 0: it has none yet.
+func (m *memtable) headLocked(key keyspace.Key) *uint32 {
+	if key == m.mu.lastKey && len(m.mu.heads) > 0 {
+		return &m.mu.heads[m.mu.lastSlot]
+	}
+	slots := m.mu.slots[key[0]]
+	if slots == nil {
+		slots = make(map[keyspace.Key]uint32)
+		m.mu.slots[key[0]] = slots
+	}
+	slot, ok := slots[key]
+	if !ok {
+		slot = uint32(len(m.mu.heads))
+		slots[key] = slot
+		m.mu.heads = append(m.mu.heads, 0)
+	}
+	m.mu.lastKey, m.mu.lastSlot = key, slot
+	return &m.mu.heads[slot]
 }
 
 // storeLocked copies data into the arena.
@@ -145,11 +164,11 @@ func (m *memtable) size() int64 {
 func (m *memtable) collect(key keyspace.Key, lsn pg.LSN, c *collector) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	head, ok := m.mu.heads[key[0]][key]
+	slot, ok := m.mu.slots[key[0]][key]
 	if !ok {
 		return
 	}
-	for next := head + 1; next != 0; {
+	for next := m.mu.heads[slot]; next != 0; {
 		n := m.nodeLocked(next - 1)
 		if n.lsn <= lsn && c.add(n.lsn, n.kind, m.dataLocked(n)) {
 			return
@@ -170,11 +189,11 @@ func (m *memtable) between(from, to keyspace.Key, lsn pg.LSN) []keyHead {
 	defer m.mu.RUnlock()
 	var out []keyHead
 	for kind := int(from[0]); kind <= int(to[0]); kind++ {
-		for key, head := range m.mu.heads[kind] {
+		for key, slot := range m.mu.slots[kind] {
 			if key.Compare(from) < 0 || key.Compare(to) >= 0 {
 				continue
 			}
-			for next := head + 1; next != 0; {
+			for next := m.mu.heads[slot]; next != 0; {
 				n := m.nodeLocked(next - 1)
 				if n.lsn <= lsn {
 					out = append(out, keyHead{key, next - 1})
@@ -199,14 +218,14 @@ func (m *memtable) value(number uint32) (Value, bool) {
 	return Value{LSN: n.lsn, Kind: n.kind, Data: slices.Clone(m.dataLocked(n))}, true
 }
 
-// all calls fn for each version, in the order of keys, then of insertion. The table is
-// frozen; the data is only lent.
-func (m *memtable) all(fn func(Entry) error) error {
+// all calls fn for each version, in the order of keys, then of insertion, with how many the key
+// has. The table is frozen; the data is only lent.
+func (m *memtable) all(fn func(e Entry, ofKey int) error) error {
 	m.mu.RLock()
 	var keys []keyHead
-	for _, heads := range m.mu.heads {
-		for key, head := range heads {
-			keys = append(keys, keyHead{key, head})
+	for _, slots := range m.mu.slots {
+		for key, slot := range slots {
+			keys = append(keys, keyHead{key, m.mu.heads[slot] - 1})
 		}
 	}
 	m.mu.RUnlock()
@@ -222,7 +241,7 @@ func (m *memtable) all(fn func(Entry) error) error {
 }
 
 // versions calls fn for the versions of one key. Holding the lock keeps wipe away.
-func (m *memtable) versions(k keyHead, chain []uint32, fn func(Entry) error) ([]uint32, error) {
+func (m *memtable) versions(k keyHead, chain []uint32, fn func(Entry, int) error) ([]uint32, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	if m.mu.wiped {
@@ -233,7 +252,7 @@ func (m *memtable) versions(k keyHead, chain []uint32, fn func(Entry) error) ([]
 	}
 	for _, number := range slices.Backward(chain) {
 		n := m.nodeLocked(number)
-		if err := fn(Entry{k.key, Value{LSN: n.lsn, Kind: n.kind, Data: m.dataLocked(n)}}); err != nil {
+		if err := fn(Entry{k.key, Value{LSN: n.lsn, Kind: n.kind, Data: m.dataLocked(n)}}, len(chain)); err != nil {
 			return chain, err
 		}
 	}

@@ -393,3 +393,42 @@ func TestHotKey(t *testing.T) {
 		}
 	}
 }
+
+// TestRemember gives the timeline an image of a key: reads above it begin with it, others do not.
+func TestRemember(t *testing.T) {
+	r := filled(t, func(c *Config) { c.BlockCacheBytes = 1 << 20 })
+	key, begin := pageKey(100), r.m.last
+	for i := range pg.LSN(6) {
+		v := Value{LSN: begin + 8*(i+1), Kind: Delta, Data: []byte(fmt.Sprint(",", i))}
+		if i == 0 {
+			v.Kind = Image
+		}
+		mustPut(t, r.tl, r.m, []Entry{{key, v}}, v.LSN)
+	}
+	image := func(lsn pg.LSN) []byte {
+		h, err := r.tl.Get(t.Context(), key, lsn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []byte(evaluate(h))
+	}
+	changes := func(lsn pg.LSN) int {
+		checkRead(t, r.tl, r.m, key, lsn)
+		h, err := r.tl.Get(t.Context(), key, lsn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(h.Changes)
+	}
+	r.tl.Remember(key, begin+32, image(begin+32))
+	if n := changes(begin + 48); n != 2 {
+		t.Errorf("%d changes are read above the image, want 2", n)
+	}
+	if n := changes(begin + 24); n != 2 {
+		t.Errorf("%d changes are read below the image, want 2", n)
+	}
+	r.tl.Remember(key, begin+48, image(begin+48)) // more may come at the last LSN
+	if n := changes(begin + 48); n != 2 {
+		t.Errorf("%d changes are read: the image at the last LSN was kept", n)
+	}
+}

@@ -50,7 +50,7 @@ func parseOptions() (options, error) {
 	flag.IntVar(&o.rounds, "rounds", 0, "runs of each kind, of which the median counts (5; short: 3)")
 	flag.IntVar(&o.scale, "scale", 30, "pgbench scale")
 	flag.StringVar(&o.dir, "dir", os.TempDir(), "where the servers' folders are made")
-	flag.StringVar(&only, "only", "", "a regular expression of the measurements to make: tpcb select commit copy start getpage ingest roles code")
+	flag.StringVar(&only, "only", "", "a regular expression of the measurements to make: tpcb select commit copy start getpage ingest replay roles code")
 	flag.BoolVar(&o.noHoldfast, "stock-only", false, "measure the stock set-ups only")
 	flag.BoolVar(&o.profile, "profile", false, "keep CPU profiles of Holdfast's processes and print what is on top")
 	flag.Int64Var(&o.cacheBytes, "cache-bytes", 0, "the endpoint's local store (0: the default)")
@@ -105,6 +105,13 @@ type bench struct {
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if len(os.Args) == 5 && os.Args[1] == replayPart {
+		if err := runReplayPart(ctx, os.Args[2], os.Args[3], os.Args[4]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if err := run(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -126,9 +133,21 @@ func run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, b.close()) }()
 	fmt.Printf("%d cores, %s, scale %d, shared_buffers %d MB, medians of %d interleaved runs of %ds\n",
 		runtime.NumCPU(), runtime.GOARCH, o.scale, o.sharedBufMB, o.rounds, o.seconds)
-	if err := b.start(ctx); err != nil {
+	if b.wants("replay") { // alone on the machine
+		if err := b.measure(ctx, "replay", b.replay); err != nil {
+			return err
+		}
+	}
+	if err := b.compare(ctx); err != nil {
 		return err
 	}
+	b.report.print(os.Stdout)
+	return nil
+}
+
+// compare makes what is measured of running servers.
+func (b *bench) compare(ctx context.Context) error {
+	started := false
 	for _, m := range []struct {
 		name  string
 		stock bool // it measures the stock set-ups too
@@ -147,21 +166,34 @@ func run(ctx context.Context) (err error) {
 		{"roles", false, b.roles},
 		{"code", false, b.code},
 	} {
-		if !slices.ContainsFunc(strings.Fields(m.name), b.wants) || !m.stock && b.holdfast == nil {
+		if !slices.ContainsFunc(strings.Fields(m.name), b.wants) || !m.stock && b.noHoldfast {
 			continue
 		}
-		if err := m.do(ctx); err != nil {
-			if ctx.Err() != nil {
+		if !started {
+			if err := b.start(ctx); err != nil {
 				return err
 			}
-			b.report.failed(m.name, err)
-			if b.holdfast != nil {
-				fmt.Fprintln(os.Stderr, b.holdfast.Logs())
-			}
-			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", m.name, err)
+			started = true
+		}
+		if err := b.measure(ctx, m.name, m.do); err != nil {
+			return err
 		}
 	}
-	b.report.print(os.Stdout)
+	return nil
+}
+
+// measure runs one measurement. That it fails is reported at the end and does not keep the
+// others; only the end of ctx does.
+func (b *bench) measure(ctx context.Context, name string, do func(context.Context) error) error {
+	err := do(ctx)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	b.report.failed(name, err)
+	if b.holdfast != nil {
+		fmt.Fprintln(os.Stderr, b.holdfast.Logs())
+	}
+	fmt.Fprintf(os.Stderr, "bench: %s: %v\n", name, err)
 	return nil
 }
 

@@ -3,6 +3,7 @@ package pagesvc
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
@@ -15,31 +16,40 @@ import (
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
 
-// recorded is the WAL of pgbench: its initialization, and transactions.
-var recorded struct {
-	once    sync.Once
-	initial string
-	dir     string
-	failed  error
+// A recording is the WAL of pgbench: its initialization, and transactions.
+type recording struct {
+	settings map[string]string // beside the tests' own
+	once     sync.Once
+	initial  string
+	dir      string
+	failed   error
 }
+
+var (
+	recorded recording
+	// checkable is recorded with the page that each record makes, as for Config.VerifyRedo.
+	checkable = recording{settings: map[string]string{"wal_consistency_checking": "all"}}
+)
 
 const (
 	benchScale        = 5
 	benchTransactions = 5000 // for each of two clients
 )
 
-func record(b *testing.B) {
+func (r *recording) make(b *testing.B) {
 	testenv.NeedPostgres(b)
-	recorded.once.Do(func() {
+	r.once.Do(func() {
 		root := testenv.TempDir(noCleanup{b})
-		s, err := stock.New(context.Background(), root, "stock", settings)
+		all := maps.Clone(settings)
+		maps.Copy(all, r.settings)
+		s, err := stock.New(context.Background(), root, "stock", all)
 		if err != nil {
-			recorded.failed = err
+			r.failed = err
 			return
 		}
-		recorded.initial, recorded.dir = filepath.Join(root, "initial"), s.Dir
-		snapshot(b, s.Dir, recorded.initial)
-		if recorded.failed = s.Start(context.Background()); recorded.failed != nil {
+		r.initial, r.dir = filepath.Join(root, "initial"), s.Dir
+		snapshot(b, s.Dir, r.initial)
+		if r.failed = s.Start(context.Background()); r.failed != nil {
 			return
 		}
 		pgbench := func(args ...string) {
@@ -49,34 +59,42 @@ func record(b *testing.B) {
 		}
 		pgbench("-i", "-q", "-s", fmt.Sprint(benchScale))
 		pgbench("-n", "-c", "2", "-t", fmt.Sprint(benchTransactions))
-		recorded.failed = s.Stop()
+		r.failed = s.Stop()
 	})
-	if recorded.failed != nil {
-		b.Fatal(recorded.failed)
+	if r.failed != nil {
+		b.Fatal(r.failed)
 	}
 }
 
 // loadedWorld is a page server that has ingested the recorded WAL; took is how long that took.
-func loadedWorld(b *testing.B) (w *world, took time.Duration) {
-	record(b)
+func loadedWorld(b *testing.B, r *recording) (w *world, took time.Duration) {
+	r.make(b)
 	w = newWorld(b, testenv.TempDir(b))
-	start, err := w.importDir(recorded.initial)
+	w.end()
+	w.config.VerifyRedo = r.settings != nil
+	w.begin()
+	start, err := w.importDir(r.initial)
 	if err != nil {
 		b.Fatal(err)
 	}
 	w.log.end = start
-	w.log.feed(b, recorded.dir, loadDirectory(b, recorded.dir).Control.CheckPoint)
+	w.log.feed(b, r.dir, loadDirectory(b, r.dir).Control.CheckPoint)
 	begun := time.Now()
 	w.attach()
 	w.wait(w.log.end)
 	return w, time.Since(begun)
 }
 
-func BenchmarkIngest(b *testing.B) {
+func BenchmarkIngest(b *testing.B) { benchIngest(b, &recorded) }
+
+// BenchmarkVerify ingests and compares each record.
+func BenchmarkVerify(b *testing.B) { benchIngest(b, &checkable) }
+
+func benchIngest(b *testing.B, r *recording) {
 	var total time.Duration
 	var bytes int
 	for range b.N {
-		w, took := loadedWorld(b)
+		w, took := loadedWorld(b, r)
 		total += took
 		bytes += w.log.bytes
 		w.end()
@@ -88,7 +106,7 @@ func BenchmarkIngest(b *testing.B) {
 // BenchmarkGetPages reads random blocks of pgbench_accounts after all transactions, over the
 // service.
 func BenchmarkGetPages(b *testing.B) {
-	w, _ := loadedWorld(b)
+	w, _ := loadedWorld(b, &recorded)
 	r, err := w.client.ListRelations(b.Context(), &pb.ListRelationsRequest{At: w.point(w.log.end, true), Tablespace: 1663, Database: 5})
 	if err != nil {
 		b.Fatal(err)

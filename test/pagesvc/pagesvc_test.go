@@ -211,3 +211,46 @@ func checkRedo(t *testing.T, w *world) map[string]uint64 {
 	}
 	return counts
 }
+
+func TestFlushMakesWhatWasIngestedDurable(t *testing.T) {
+	testenv.NeedPostgres(t)
+	dir := testenv.TempDir(t)
+	s, err := stock.New(t.Context(), dir, "stock", settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, filepath.Join(dir, "w"))
+	if w.log.end, err = w.importDir(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	w.attach()
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Kill() })
+	run(t, s, "postgres", []string{"CREATE TABLE t AS SELECT generate_series(1, 100)"})
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	w.log.feed(t, s.Dir, loadDirectory(t, s.Dir).Control.CheckPoint)
+	w.wait(w.log.end)
+	durable := func() pg.LSN {
+		st, err := w.client.Status(t.Context(), &pb.PageServerStatusRequest{})
+		if err != nil || len(st.Branches) != 1 {
+			t.Fatalf("the status is %v, %v", st, err)
+		}
+		return pg.LSN(st.Branches[0].DurableLsn)
+	}
+	if lsn := durable(); lsn >= w.log.end {
+		t.Fatalf("what reaches to %v is durable already, up to %v", w.log.end, lsn)
+	}
+	if err := w.server.Flush(t.Context(), project, branch); err != nil {
+		t.Fatal(err)
+	}
+	if lsn := durable(); lsn != w.log.end {
+		t.Errorf("after a flush all is durable up to %v, want %v", lsn, w.log.end)
+	}
+	if err := w.server.Flush(t.Context(), project, "none"); err == nil {
+		t.Error("a branch that is not attached is flushed")
+	}
+}

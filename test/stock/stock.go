@@ -114,6 +114,31 @@ func (s *Server) adopt() (err error) {
 	return nil
 }
 
+// Copy copies the directory of a server that does not run. The copy gets a port of its own.
+func (s *Server) Copy(dir, name string) (*Server, error) {
+	c, err := prepare(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := copyAll(s.Dir, c.Dir); err != nil {
+		return nil, err
+	}
+	return c, c.Configure(nil)
+}
+
+// CopyWAL gives the server, which does not run, the WAL of another.
+func (s *Server) CopyWAL(from *Server) error {
+	return copyAll(filepath.Join(from.Dir, "pg_wal"), filepath.Join(s.Dir, "pg_wal"))
+}
+
+// copyAll copies what is in a folder, with its owners.
+func copyAll(from, to string) error {
+	if out, err := exec.Command("cp", "-a", from+"/.", to).CombinedOutput(); err != nil {
+		return fmt.Errorf("copying %s: %w\n%s", from, err, out)
+	}
+	return nil
+}
+
 // openPath lets the server's user pass through the folders above its own, as far as these
 // are ours: those of tests are closed.
 func openPath(dir string) error {
