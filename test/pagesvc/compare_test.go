@@ -12,18 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
-)
-
-// kind says how a relation's pages are masked.
-type kind int
-
-const (
-	plainPages kind = iota
-	heapPages
-	btreePages
-	sequencePages
-	indexPages // of other kinds than btree
 )
 
 // directory is what a stock data directory holds.
@@ -75,7 +65,7 @@ type comparison struct {
 	w      *world
 	at     *pb.ReadPoint
 	want   *directory
-	kinds  map[pg.RelFileNode]kind
+	kinds  map[pg.RelFileNode]pagemask.Kind
 	errors int
 
 	pages, empty, unlogged, fsm int
@@ -183,7 +173,7 @@ func zerosOnly(b []byte) bool { return bytes.Count(b, []byte{0}) == len(b) }
 // a hint; recovery, too, leaves a slot alone while a fifth of the page is free.
 func (c *comparison) freeSpaceMap(tag pg.RelTag, have []byte) {
 	heap := c.want.rels[pg.RelTag{RelFileNode: tag.RelFileNode}]
-	if c.kinds[tag.RelFileNode] != heapPages {
+	if c.kinds[tag.RelFileNode] != pagemask.Heap {
 		return
 	}
 	for b := 2; b < len(have)/pg.BlockSize && b < 3; b++ {
@@ -207,8 +197,8 @@ func (c *comparison) page(tag pg.RelTag, block uint32, have, want []byte) {
 		c.pages++
 		return
 	}
-	a, errA := mask(tag.Fork, c.kinds[tag.RelFileNode], have)
-	b, errB := mask(tag.Fork, c.kinds[tag.RelFileNode], want)
+	a, errA := mask(tag.Fork, block, c.kinds[tag.RelFileNode], have)
+	b, errB := mask(tag.Fork, block, c.kinds[tag.RelFileNode], want)
 	if errA != nil || errB != nil {
 		c.errorf("%v block %d: here %v, there %v", tag, block, errA, errB)
 		return
@@ -220,7 +210,7 @@ func (c *comparison) page(tag pg.RelTag, block uint32, have, want []byte) {
 	}
 	for i := range a {
 		if a[i] != b[i] {
-			c.errorf("%v (kind %d) block %d differs from byte %d on: %x here, %x there (LSNs %v, %v)", tag, c.kinds[tag.RelFileNode], block, i,
+			c.errorf("%v (%v pages) block %d differs from byte %d on: %x here, %x there (LSNs %v, %v)", tag, c.kinds[tag.RelFileNode], block, i,
 				a[i:min(i+8, len(a))], b[i:min(i+8, len(b))], pg.PageLSN(have), pg.PageLSN(want))
 			return
 		}
@@ -290,61 +280,14 @@ func (c *comparison) startup() {
 
 var le = binary.LittleEndian
 
-// mask copies a page without what WAL does not determine (bufmask.c and the access methods'
-// rules): what belongs to nothing, hints, command ids.
-func mask(fork pg.ForkNumber, k kind, p []byte) ([]byte, error) {
+// mask copies a page without what WAL does not determine: what belongs to nothing, hints,
+// command ids.
+func mask(fork pg.ForkNumber, block uint32, k pagemask.Kind, p []byte) ([]byte, error) {
 	p = bytes.Clone(p)
-	switch {
-	case fork == pg.VMFork:
-		clear(p[:24])
-		return p, nil
-	case zeros(p):
+	if zeros(p) {
 		clear(p)
 		return p, nil
-	case fork == pg.InitFork:
-		clear(p[:8])
 	}
-	lower, upper, special := int(le.Uint16(p[12:])), int(le.Uint16(p[14:])), int(le.Uint16(p[16:]))
-	if lower < 24 || lower > upper || upper > special || special > len(p) {
-		return nil, fmt.Errorf("corrupt header: lower %d upper %d special %d", lower, upper, special)
-	}
-	clear(p[lower:upper])
-	if k == heapPages || k == btreePages {
-		le.PutUint16(p[10:], le.Uint16(p[10:])&^7)
-		clear(p[20:24])
-	}
-	if k == btreePages && special == len(p)-16 && le.Uint16(p[special+12:])&8 != 0 {
-		return p, nil // the metapage has no line pointers
-	}
-	used := make([]bool, len(p))
-	for at := 24; at+4 <= lower; at += 4 {
-		item := le.Uint32(p[at:])
-		off, flags, n := int(item&0x7FFF), item>>15&3, int(item>>17)
-		if off+n > len(p) {
-			return nil, fmt.Errorf("corrupt line pointer at %d", at)
-		}
-		for i := off; i < off+n; i++ {
-			used[i] = true
-		}
-		switch {
-		case k == btreePages && flags == 3:
-			le.PutUint32(p[at:], item&^(3<<15)|1<<15)
-		case k == heapPages && flags == 1 && n >= 23:
-			t := p[off : off+n]
-			le.PutUint16(t[20:], le.Uint16(t[20:])&^0x0F20) // hints of xmin and xmax, HEAP_COMBOCID
-			clear(t[8:12])
-		case k == sequencePages && n == 41:
-			clear(p[off+24 : off+n]) // WAL is ahead by up to 32 values
-		}
-	}
-	for i := upper; i < special; i++ {
-		if !used[i] {
-			p[i] = 0
-		}
-	}
-	if k == btreePages && special == len(p)-16 {
-		le.PutUint16(p[special+12:], le.Uint16(p[special+12:])&^(1<<5|1<<6))
-		clear(p[special+14:])
-	}
-	return p, nil
+	return p, pagemask.Mask(p, pagemask.Place{Fork: fork, Block: pg.BlockNumber(block), Kind: k},
+		pagemask.Hints|pagemask.AllVisible|pagemask.Unlogged|pagemask.Ahead)
 }
