@@ -73,6 +73,7 @@ type suspectKey struct {
 type suspect struct {
 	gen      uint32 // of the write
 	since    time.Time
+	found    *difference // until it is reported
 	reported bool
 }
 
@@ -377,7 +378,7 @@ func (v *verifier) decide(f *file, l leaver, d *difference) {
 		s = suspect{gen: l.entry.gen, reported: true}
 		v.mu.suspects[key] = s
 	default:
-		v.mu.suspects[key] = suspect{gen: l.entry.gen, since: time.Now()}
+		v.mu.suspects[key] = suspect{gen: l.entry.gen, since: time.Now(), found: d}
 	}
 	v.mu.Unlock()
 	if s.reported {
@@ -385,10 +386,16 @@ func (v *verifier) decide(f *file, l leaver, d *difference) {
 	}
 }
 
-// wasReported tells whether a page's difference was reported when it was to leave.
-func (v *verifier) wasReported(f *file, b pg.BlockNumber, gen uint32) bool {
+// settle tells whether a page is known to differ since it was to leave, and gives the difference
+// if it is still to be reported: it has not passed.
+func (v *verifier) settle(f *file, b pg.BlockNumber, gen uint32) (known bool, d *difference) {
+	key := suspectKey{f.id, b}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	s := v.mu.suspects[suspectKey{f.id, b}]
-	return s.reported && s.gen == gen
+	s, ok := v.mu.suspects[key]
+	if !ok || s.gen != gen {
+		return false, nil
+	}
+	v.mu.suspects[key] = suspect{gen: gen, reported: true}
+	return true, s.found
 }

@@ -223,6 +223,24 @@ func TestDifferenceMayPass(t *testing.T) {
 	}
 }
 
+// What differs when a page is to leave, and the same way at the end, is told then.
+func TestDifferenceThatStays(t *testing.T) {
+	const lsn = startLSN + 0x1000
+	v := newVerifying(t)
+	v.verify.patience = patience
+	v.h.sizes = []RelationSize{{tagOf(1, pg.MainFork), 1}}
+	f := v.put(t, "base/5/1", heapPage(lsn, 700, 0, 1))
+	v.h.put(f.src.rel, 0, lsn, heapPage(lsn, 700, 0, 2))
+	v.settle(Seen{Oldest: 900})
+	evictAll(v.FS)
+	if err := v.VerifyAll(t.Context(), lsn, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := v.counts(); got != otherPages || !strings.Contains(v.log.String(), "the content of row 1") {
+		t.Errorf("%s\n%s", got, v.log.String())
+	}
+}
+
 func TestVerifyAll(t *testing.T) {
 	const lsn, end = startLSN + 0x1000, startLSN + 0x2000
 	files := map[string][]byte{"pg_twophase/000002BC": []byte("state"), "base/5/PG_VERSION": []byte("15\n"), "postgresql.conf": nil}

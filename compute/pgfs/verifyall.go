@@ -259,7 +259,13 @@ func (w *wholeCheck) batch(src *source, f *file, b, count, remote pg.BlockNumber
 		if err != nil {
 			return err
 		}
-		if here == nil || w.v.wasReported(f, b+i, gen) {
+		if here == nil {
+			continue
+		}
+		if known, d := w.v.settle(f, b+i, gen); known {
+			if d != nil {
+				w.v.report(src.path, append(d.attrs(src, b+i), "when", "since before it was to leave")...)
+			}
 			continue
 		}
 		if n := src.first + b + i; n >= remote {
