@@ -17,7 +17,8 @@ import (
 //   - every transaction that ran at a poll of pg_locks begun after the write has ended;
 //   - all WAL that had been inserted when that was seen is on the quorum, so that what those
 //     transactions left behind, synchronously or not, is at the page server;
-//   - the page bears an LSN, and that is on the quorum: a page without one was never logged;
+//   - the page bears an LSN, and that is on the quorum: a page without one was never logged, and
+//     a sequence's counts as such, since WAL is ahead of it;
 //   - the file is an ordinary relation: no unlogged one, no SLRU.
 //
 // Writes are stamped with a generation. Advance closes the current one; the generation
