@@ -90,10 +90,11 @@ func (a *agent) compareAll(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files := make(map[string][]byte, len(state.Files))
+	files := make(map[string][]byte, len(state.Files)+1)
 	for _, f := range state.Files {
 		files[f.Path] = f.Data
 	}
+	files["global/pg_control"] = state.ControlFile
 	return errors.Join(a.fs.VerifyAll(ctx, end, files), ctx.Err())
 }
 

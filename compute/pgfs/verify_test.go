@@ -243,7 +243,8 @@ func TestDifferenceThatStays(t *testing.T) {
 
 func TestVerifyAll(t *testing.T) {
 	const lsn, end = startLSN + 0x1000, startLSN + 0x2000
-	files := map[string][]byte{"pg_twophase/000002BC": []byte("state"), "base/5/PG_VERSION": []byte("15\n"), "postgresql.conf": nil}
+	files := map[string][]byte{"pg_twophase/000002BC": []byte("state"), "base/5/PG_VERSION": []byte("15\n"), "postgresql.conf": nil,
+		controlPath: (&pg.ControlFile{CheckPointCopy: pg.CheckPoint{NextOid: 20000, Redo: lsn}}).Marshal()}
 	clog := bytes.Repeat([]byte{0x55}, pg.BlockSize)
 	for _, c := range []struct {
 		name  string
@@ -272,6 +273,9 @@ func TestVerifyAll(t *testing.T) {
 		{"transaction states", func(t *testing.T, v *verifying) { v.h.slru[pg.CLog][0] = make([]byte, pg.BlockSize) }, "pg_xact/0000"},
 		{"a page of states only there", func(t *testing.T, v *verifying) { v.h.slru[pg.CLog][3] = clog }, "only at the page server"},
 		{"a page of states that is not there", func(t *testing.T, v *verifying) { delete(v.h.slru[pg.CLog], 0) }, "no such page"},
+		{"counters", func(t *testing.T, v *verifying) {
+			_ = v.WriteFile(controlPath, (&pg.ControlFile{CheckPointCopy: pg.CheckPoint{NextOid: 20001}}).Marshal())
+		}, "the counters"},
 		{"a prepared transaction", func(t *testing.T, v *verifying) { _ = v.WriteFile("pg_twophase/000002BC", []byte("other")) }, "the content"},
 		{"a prepared transaction only here", func(t *testing.T, v *verifying) { _ = v.WriteFile("pg_twophase/000002BD", []byte("x")) }, "no such file"},
 	} {
@@ -303,7 +307,7 @@ func TestVerifyAll(t *testing.T) {
 			if want := int64(min(len(c.log), 1)); got.Mismatched != want || !strings.Contains(v.log.String(), c.log) {
 				t.Errorf("%d differences, want %d of %q:\n%s", got.Mismatched, want, c.log, v.log.String())
 			}
-			if c.log == "" && v.counts() != "6 compared, 0 differ, 0 withdrawn, "+skipFSM+" 1, "+skipEmpty+" 1, "+skipUnlogged+" 1" {
+			if c.log == "" && v.counts() != "7 compared, 0 differ, 0 withdrawn, "+skipFSM+" 1, "+skipEmpty+" 1, "+skipUnlogged+" 1" {
 				t.Errorf("what was compared: %s", v.counts())
 			}
 		})

@@ -27,6 +27,11 @@ func (fs *FS) VerifyAll(ctx context.Context, end pg.LSN, files map[string][]byte
 		return fmt.Errorf("comparing what is left with the page server: %w", err)
 	}
 	w.files(local, files)
+	if there, ok := files[controlPath]; ok {
+		if err := w.control(there); err != nil {
+			return fmt.Errorf("comparing the counters in %s with the page server's: %w", controlPath, err)
+		}
+	}
 	for _, d := range dirs {
 		if d.slru != 0 {
 			err = w.slru(d)
@@ -115,6 +120,33 @@ func (w *wholeCheck) files(here, there map[string][]byte) {
 			w.v.compared()
 		}
 	}
+}
+
+const controlPath = "global/pg_control"
+
+// control compares the counters that the next start goes on from: of the shutdown checkpoint
+// here, and as the page server followed them.
+func (w *wholeCheck) control(there []byte) error {
+	data, err := w.fs.ReadFile(controlPath)
+	if err != nil {
+		return err
+	}
+	have, err := pg.ParseControlFile(data)
+	if err != nil {
+		return err
+	}
+	other, err := pg.ParseControlFile(there)
+	if err != nil {
+		return err
+	}
+	a, b := have.CheckPointCopy, other.CheckPointCopy
+	a.Redo, a.Time, b.Redo, b.Time = 0, 0, 0, 0 // the next start's own
+	if a != b {
+		w.v.report(controlPath, "what", "the counters", "here", fmt.Sprintf("%+v", a), "there", fmt.Sprintf("%+v", b))
+		return nil
+	}
+	w.v.compared()
+	return nil
 }
 
 // slru compares the pages of an area that Postgres wrote.
