@@ -330,10 +330,11 @@ func (c *Cluster) Log() string {
 type PageCheck struct {
 	Whole                bool // it ended in order, and all that was left was compared
 	Compared, Mismatched int64
+	Left                 int64  // pages that left the local store
 	Line                 string // as it is in the log
 }
 
-var pageCheck = regexp.MustCompile(`msg="pages were compared with the page server's" .*whole=(\w+) compared=(\d+) mismatched=(\d+)`)
+var pageCheck = regexp.MustCompile(`msg="pages were compared with the page server's" .*whole=(\w+) compared=(\d+) mismatched=(\d+) .*left=(\d+)`)
 
 // PageChecks lists what the endpoint's lives that have ended compared (Options.VerifyPages).
 func (c *Cluster) PageChecks() (list []PageCheck) {
@@ -345,6 +346,7 @@ func (c *Cluster) PageChecks() (list []PageCheck) {
 		p := PageCheck{Whole: m[1] == "true", Line: strings.TrimSpace(line)}
 		p.Compared, _ = strconv.ParseInt(m[2], 10, 64) // digits
 		p.Mismatched, _ = strconv.ParseInt(m[3], 10, 64)
+		p.Left, _ = strconv.ParseInt(m[4], 10, 64)
 		list = append(list, p)
 	}
 	return list
