@@ -5,8 +5,8 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 export GOFLAGS ?= -trimpath
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/smoke
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|smoke)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke)$$')
 
 .PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test setup-suites test-postgres
 
@@ -43,7 +43,7 @@ soak: build ## kills without end: HOLDFAST_SOAK=8h (default: until stopped), HOL
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_SOAK=$${HOLDFAST_SOAK:-forever} \
 		go test ./test/torture -run '^TestTorture$$' -count=1 -v -timeout 0
 
-test-postgres: setup-suites build ## PostgreSQL's own test suites against an endpoint; ARGS=-consistency compares each record's redo
+test-postgres: setup-suites build ## PostgreSQL's own test suites against an endpoint; ARGS=-consistency compares each record's redo, ARGS=-verify-pages each page that leaves the local store
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/pgsuites $(ARGS)
 
 bench: build ## against stock PostgreSQL; ARGS=-short for a quick look

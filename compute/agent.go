@@ -53,9 +53,12 @@ type agent struct {
 	wal      *walclient.Client
 	epoch    walclient.Epoch
 	appender *walclient.Appender
+	writer   *wal.Writer
 	fs       *pgfs.FS
 	postgres *postgres
 	serving  atomic.Pointer[postgres] // postgres, for the mount
+
+	verified bool // all that Postgres left was compared (Config.VerifyPages)
 
 	phases []any // name and duration of each phase of the start
 	last   time.Time
@@ -218,8 +221,14 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.fs, err = pgfs.New(pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: a.pages.At(a.epoch.End, a.epoch.Number), WAL: w, Aux: a.keepAux, Fail: a.storeFailed, StartLSN: a.epoch.End,
-		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log})
+	a.writer = w
+	remote := a.pages.At(a.epoch.End, a.epoch.Number)
+	cfg := pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: remote, WAL: w, Aux: a.keepAux, Fail: a.storeFailed, StartLSN: a.epoch.End,
+		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log}
+	if a.cfg.VerifyPages {
+		cfg.Past = remote
+	}
+	a.fs, err = pgfs.New(cfg)
 	if err != nil {
 		return errors.Join(err, store.Wipe())
 	}
@@ -329,7 +338,8 @@ func (a *agent) supervise(ctx context.Context) error {
 		if cause := context.Cause(a.life); cause != nil {
 			return cause
 		}
-		return nil
+		a.verifyAll(a.life)
+		return context.Cause(a.life)
 	}
 }
 
@@ -367,6 +377,7 @@ func (a *agent) keepLog(ctx context.Context) {
 // may run over a mount that goes away. Then the keys of all that is local are forgotten.
 func (a *agent) end() error {
 	a.kill(errStopped) // if nothing else did
+	a.tellVerified()
 	var errs []error
 	if a.postgres != nil && !a.postgres.kill() {
 		errs = append(errs, fmt.Errorf("the endpoint's Postgres (process %d) did not die within %v of SIGKILL", a.postgres.PID(), killWait))

@@ -48,7 +48,10 @@ type Config struct {
 	ExtraSettings map[string]string
 	// CacheBytes bounds the local sealed copy of pages. 0: pgfs's default.
 	CacheBytes int64
-	Logger     *slog.Logger // nil: slog.Default()
+	// VerifyPages has each page that Postgres wrote compared with the page server's before it
+	// leaves the local store, and all that is left at a stop in order. Slow, for tests.
+	VerifyPages bool
+	Logger      *slog.Logger // nil: slog.Default()
 }
 
 // ErrFenced means that a newer compute has opened the branch: this one is to stay ended.

@@ -225,9 +225,21 @@ SELECT pg_catalog.pg_current_wal_insert_lsn()`
 func pollOnce(ctx context.Context, conn *pgconn.PgConn, fs *pgfs.FS) error {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
+	var before []string
+	if _, on := fs.Verified(); on {
+		var err error
+		if before, err = vacuumsNow(ctx, conn); err != nil {
+			return err
+		}
+	}
 	results, err := conn.Exec(ctx, running).ReadAll()
 	if err != nil {
 		return err
+	}
+	if _, on := fs.Verified(); on {
+		if err := tellSeen(ctx, conn, fs, before); err != nil {
+			return err
+		}
 	}
 	if len(results) != 2 || len(results[1].Rows) != 1 || len(results[1].Rows[0]) != 1 {
 		return fmt.Errorf("%d results, want the running transactions and an LSN", len(results))

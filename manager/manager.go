@@ -207,11 +207,16 @@ func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 		}
 		return m.child("compute", "--config", file), nil
 	}
+	grace := stopGrace
+	if m.cfg.VerifyPages {
+		grace = verifyGrace
+	}
 	return newSupervisor(doc, supervised{
 		command: command,
 		log:     childLog{path: filepath.Join(m.cfg.LogDir, "endpoint-"+doc.Name+".log")},
 		remove:  func() error { return removeDir(dir) },
 		tell:    m.cfg.Progress,
+		grace:   grace,
 	}, m.cfg.Log)
 }
 
@@ -228,7 +233,7 @@ func (m *Manager) child(args ...string) *exec.Cmd {
 func (m *Manager) computeConfig(doc endpointDoc, dir string) *config.Compute {
 	return &config.Compute{Project: doc.Project, Branch: doc.Branch, Name: doc.Name, Dir: dir, Listen: doc.Listen,
 		Keymgr: m.cfg.Keymgr, Safekeepers: m.cfg.Safekeepers, Pageserver: m.cfg.Pageserver,
-		Settings: m.cfg.Settings, CacheBytes: m.cfg.CacheBytes}
+		Settings: m.cfg.Settings, CacheBytes: m.cfg.CacheBytes, VerifyPages: m.cfg.VerifyPages}
 }
 
 // Close stops every endpoint in order, then lets go of the other roles. What the user

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -33,6 +34,7 @@ const ExitFenced = 3
 // Bounds of a supervised child.
 const (
 	stopGrace      = 30 * time.Second // from SIGTERM to SIGKILL
+	verifyGrace    = 10 * time.Minute // the same, where the agent compares all that it holds
 	restartBackoff = 500 * time.Millisecond
 	maxBackoff     = 15 * time.Second
 )
@@ -43,6 +45,7 @@ type supervised struct {
 	log     childLog                  // takes its standard error
 	remove  func() error              // deletes the endpoint's local folder
 	tell    func(string)              // is told, in words for the user, why it does not run
+	grace   time.Duration             // from SIGTERM to SIGKILL; 0: stopGrace
 }
 
 // supervisor keeps one endpoint's agent running while it is wanted.
@@ -64,6 +67,7 @@ type supervisor struct {
 }
 
 func newSupervisor(doc endpointDoc, child supervised, log *slog.Logger) *supervisor {
+	child.grace = cmp.Or(child.grace, stopGrace)
 	s := &supervisor{doc: doc, child: child, log: log.With("endpoint", doc.Name)}
 	s.mu.state = stateStopped
 	s.mu.changed = make(chan struct{})
@@ -107,7 +111,7 @@ func (s *supervisor) start() {
 	go s.loop(ctx, s.mu.done)
 }
 
-// stop ends the endpoint in order: SIGTERM, and SIGKILL after stopGrace.
+// stop ends the endpoint in order: SIGTERM, and SIGKILL after a while.
 func (s *supervisor) stop(ctx context.Context) error { return s.end(ctx, syscall.SIGTERM) }
 
 // kill ends the endpoint by SIGKILL and deletes its local folder.
@@ -235,8 +239,8 @@ func (s *supervisor) runOnce(ctx context.Context) error {
 		}
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
-		case <-time.After(stopGrace):
-			s.log.Warn("the agent did not end in time; killing it", "grace", stopGrace)
+		case <-time.After(s.child.grace):
+			s.log.Warn("the agent did not end in time; killing it", "grace", s.child.grace)
 			_ = cmd.Process.Kill()
 		case <-exited:
 		}

@@ -306,7 +306,7 @@ func newCompute() *cobra.Command {
 func computeConfig(cfg *config.Compute, log *slog.Logger) compute.Config {
 	return compute.Config{Project: cfg.Project, Branch: cfg.Branch, Name: cfg.Name, Dir: cfg.Dir, Listen: cfg.Listen,
 		Safekeepers: cfg.Safekeepers, PageServer: cfg.Pageserver, KeyManager: cfg.Keymgr,
-		ExtraSettings: cfg.Settings, CacheBytes: cfg.CacheBytes, Logger: log.With("role", "compute", "endpoint", cfg.Name)}
+		ExtraSettings: cfg.Settings, CacheBytes: cfg.CacheBytes, VerifyPages: cfg.VerifyPages, Logger: log.With("role", "compute", "endpoint", cfg.Name)}
 }
 
 func readPassword(r io.Reader) (string, error) {

@@ -92,15 +92,36 @@ func (r *Remote) atLeast(lsn pg.LSN) *pb.ReadPoint {
 	return &pb.ReadPoint{Project: r.client.project, Branch: r.client.branch, Lsn: uint64(lsn), Latest: true, Epoch: r.epoch}
 }
 
-var _ pgfs.Remote = (*Remote)(nil)
+var (
+	_ pgfs.Remote = (*Remote)(nil)
+	_ pgfs.Past   = (*Remote)(nil)
+)
+
+func pagesOf(rel pg.RelTag, at *pb.ReadPoint) *pb.GetPagesRequest {
+	return &pb.GetPagesRequest{At: at, Rel: &pb.RelFork{Tablespace: uint32(rel.Tablespace),
+		Database: uint32(rel.Database), Relation: uint32(rel.Relation), Fork: uint32(rel.Fork)}}
+}
 
 // Pages gives blocks of a relation as of atLeast or later.
 func (r *Remote) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber, count int, atLeast pg.LSN) ([]byte, error) {
-	req := &pb.GetPagesRequest{At: r.atLeast(atLeast), Rel: &pb.RelFork{Tablespace: uint32(rel.Tablespace),
-		Database: uint32(rel.Database), Relation: uint32(rel.Relation), Fork: uint32(rel.Fork)}}
-	pages, err := r.pages(ctx, req, uint32(block), count)
+	pages, err := r.pages(ctx, pagesOf(rel, r.atLeast(atLeast)), uint32(block), count)
 	if err != nil {
 		return nil, r.lost(ctx, fmt.Errorf("reading relation %v, blocks %d to %d, at %v: %w", rel, block, int(block)+count-1, atLeast, err))
+	}
+	return pages, nil
+}
+
+// PagesAt gives blocks of a relation exactly as of an LSN, for comparison: what goes wrong is
+// the caller's to tell, no user's read fails.
+func (r *Remote) PagesAt(ctx context.Context, rel pg.RelTag, block pg.BlockNumber, count int, lsn pg.LSN) ([]byte, error) {
+	at := r.atLeast(lsn)
+	at.Latest = false
+	pages, err := r.pages(ctx, pagesOf(rel, at), uint32(block), count)
+	if rpc.Reason(err) == pb.ErrorDetail_TRUNCATED {
+		err = fmt.Errorf("%w: %w", pgfs.ErrTooOld, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading relation %v, blocks %d to %d, exactly at %v: %w", rel, block, int(block)+count-1, lsn, err)
 	}
 	return pages, nil
 }

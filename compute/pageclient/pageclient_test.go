@@ -3,6 +3,7 @@ package pageclient
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"path/filepath"
@@ -29,6 +30,7 @@ type server struct {
 	errs     []error // of the next calls, in order
 	attached bool
 	calls    int
+	last     *pb.ReadPoint
 	behind   bool // answers as of an LSN before the one asked for
 }
 
@@ -63,6 +65,7 @@ func (s *server) GetPages(_ context.Context, r *pb.GetPagesRequest) (*pb.GetPage
 	if r.Count == 0 || r.Count > 128 {
 		return nil, rpc.Error(codes.InvalidArgument, nil, "count %d", r.Count)
 	}
+	s.last = r.At
 	resp := &pb.GetPagesResponse{Lsn: r.At.Lsn}
 	if s.behind {
 		resp.Lsn--
@@ -129,6 +132,27 @@ func TestPages(t *testing.T) {
 	s.behind = true
 	if _, err = r.Pages(ctx, rel, 0, 1, 200); err == nil {
 		t.Fatal("pages as of an older LSN were accepted")
+	}
+}
+
+// TestPagesAt: the LSN is meant exactly, and what is forgotten is told apart.
+func TestPagesAt(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "run", "ps")
+	s := &server{attached: true}
+	defer serve(t, addr, s)()
+	r := client(t, addr).At(100, 7)
+	pages, err := r.PagesAt(t.Context(), rel, 299, 2, 200)
+	if err != nil || len(pages) != pg.BlockSize || s.last.Latest || s.last.Lsn != 200 || s.last.Epoch != 7 {
+		t.Fatalf("%d bytes, %v, asked at %v", len(pages), err, s.last)
+	}
+	for _, c := range []struct {
+		err error
+		old bool
+	}{{rpc.Error(codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_TRUNCATED}, "too old"), true}, {rpc.Error(codes.DataLoss, nil, "layer x"), false}} {
+		s.errs = []error{c.err}
+		if _, err := r.PagesAt(t.Context(), rel, 0, 1, 200); err == nil || errors.Is(err, pgfs.ErrTooOld) != c.old {
+			t.Errorf("after %v: %v", c.err, err)
+		}
 	}
 }
 

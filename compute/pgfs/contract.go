@@ -2,6 +2,7 @@ package pgfs
 
 import (
 	"context"
+	"errors"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
@@ -21,6 +22,16 @@ type Remote interface {
 	// SLRU returns count consecutive pages of an SLRU area as of the start or later.
 	SLRU(ctx context.Context, kind pg.SLRUKind, page uint32, count int) ([]byte, error)
 }
+
+// Past is what the comparison of pages asks for beyond Remote. It is safe for concurrent use.
+type Past interface {
+	// PagesAt returns count blocks, fewer where the relation ends, exactly as of an LSN. The
+	// error is, or wraps, ErrTooOld if the page server has forgotten that.
+	PagesAt(ctx context.Context, rel pg.RelTag, block pg.BlockNumber, count int, lsn pg.LSN) ([]byte, error)
+}
+
+// ErrTooOld means that an LSN is older than the history that the page server keeps.
+var ErrTooOld = errors.New("older than the history that the page server keeps")
 
 // RelationSize is one fork of a relation and its number of blocks.
 type RelationSize struct {

@@ -17,7 +17,8 @@ import (
 //   - every transaction that ran at a poll of pg_locks begun after the write has ended;
 //   - all WAL that had been inserted when that was seen is on the quorum, so that what those
 //     transactions left behind, synchronously or not, is at the page server;
-//   - the page bears an LSN, and that is on the quorum: a page without one was never logged;
+//   - the page bears an LSN, and that is on the quorum: a page without one was never logged, and
+//     a sequence's counts as such, since WAL is ahead of it;
 //   - the file is an ordinary relation: no unlogged one, no SLRU.
 //
 // Writes are stamped with a generation. Advance closes the current one; the generation
@@ -33,8 +34,11 @@ type evictor struct {
 		polls   []poll    // oldest first; those whose transactions still run
 		waiting []durable // oldest first; those that wait for the quorum
 		safe    uint32    // writes up to this generation may be dropped, once their own LSN is durable
-		files   []*file   // those with a source
-		hand    int       // the next file to look at
+		proof   proof     // of the poll that made safe what it is
+		saw     proof     // of the poll that Advance will be told of
+		vacuums map[string]uint32
+		files   []*file // those with a source
+		hand    int     // the next file to look at
 	}
 }
 
@@ -46,8 +50,9 @@ type poll struct {
 
 // durable: the writes up to generation gen wait for WAL up to lsn.
 type durable struct {
-	gen uint32
-	lsn pg.LSN
+	gen   uint32
+	lsn   pg.LSN
+	proof proof
 }
 
 // cacheEntry is the evictor's part of a file, guarded by evictor.mu.
@@ -90,7 +95,7 @@ func (fs *FS) Advance(running map[string]struct{}, insert pg.LSN) {
 	}
 	// What a poll saw still runs at every later poll until it ends, so the polls end in order.
 	if ended > 0 {
-		e.mu.waiting = append(e.mu.waiting, durable{gen: e.mu.polls[ended-1].gen, lsn: insert})
+		e.mu.waiting = append(e.mu.waiting, durable{gen: e.mu.polls[ended-1].gen, lsn: insert, proof: e.mu.saw})
 		e.mu.polls = append([]poll(nil), e.mu.polls[ended:]...)
 	}
 	e.mu.polls = append(e.mu.polls, poll{gen: closed - 1, running: running})
@@ -122,7 +127,7 @@ func disjoint(a, b map[string]struct{}) bool {
 func (e *evictor) settleLocked(committed pg.LSN) {
 	done := 0
 	for done < len(e.mu.waiting) && e.mu.waiting[done].lsn <= committed {
-		e.mu.safe = e.mu.waiting[done].gen
+		e.mu.safe, e.mu.proof = e.mu.waiting[done].gen, e.mu.waiting[done].proof
 		done++
 	}
 	e.mu.waiting = e.mu.waiting[done:]
@@ -268,25 +273,38 @@ func (fs *FS) evictFrom(f *file, goal int64, safe uint32, committed pg.LSN) (fre
 }
 
 func (fs *FS) evictChunk(f *file, i int, safe uint32, committed pg.LSN) (freed int64, more bool) {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	if i >= len(f.chunks) {
-		return 0, false
-	}
-	c := f.chunks[i]
+	c, more := f.chunk(i)
 	if c == nil {
-		return 0, true
+		return 0, more
 	}
 	spared := c.used.Swap(0)
+	var same *agreed
+	if fs.verify != nil {
+		same = fs.agree(f, pg.BlockNumber(i*chunkBlocks), c, spared, safe, committed)
+	}
+	// A chunk that was cut off meanwhile has nothing that could leave.
+	f.mu.RLock()
+	defer f.mu.RUnlock()
 	for j := range c.pages {
-		if spared&(1<<j) == 0 && fs.evictPage(f, pg.BlockNumber(i*chunkBlocks+j), &c.pages[j], safe, committed) {
+		if spared&(1<<j) == 0 && fs.evictPage(f, pg.BlockNumber(i*chunkBlocks+j), &c.pages[j], safe, committed, same) {
 			freed++
 		}
 	}
 	return freed, true
 }
 
-func (fs *FS) evictPage(f *file, b pg.BlockNumber, p *page, safe uint32, committed pg.LSN) bool {
+// chunk gives the entries of a range of blocks, if there are any, and tells whether there may be
+// others after them.
+func (f *file) chunk(i int) (c *chunk, more bool) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if i >= len(f.chunks) {
+		return nil, false
+	}
+	return f.chunks[i], true
+}
+
+func (fs *FS) evictPage(f *file, b pg.BlockNumber, p *page, safe uint32, committed pg.LSN, same *agreed) bool {
 	lock := fs.pageLock(f, b)
 	lock.Lock()
 	defer lock.Unlock()
@@ -295,7 +313,7 @@ func (fs *FS) evictPage(f *file, b pg.BlockNumber, p *page, safe uint32, committ
 	}
 	ask := p.lsn
 	if p.gen != remoteGen {
-		if f.keep.Load() || p.gen > safe || p.lsn < minPageLSN || p.lsn > committed {
+		if !mayLeave(f, p, safe, committed) || fs.verify != nil && same[b%chunkBlocks] != *p {
 			return false
 		}
 		// Postgres leaves some pages' own LSN behind what WAL did to them: ask for all that
@@ -308,4 +326,9 @@ func (fs *FS) evictPage(f *file, b pg.BlockNumber, p *page, safe uint32, committ
 	fs.store.Free(p.slot)
 	*p = page{gen: remoteGen, lsn: ask}
 	return true
+}
+
+// mayLeave is the eviction rule for a page that Postgres wrote. The page's lock is held.
+func mayLeave(f *file, p *page, safe uint32, committed pg.LSN) bool {
+	return !f.keep.Load() && p.gen <= safe && p.lsn >= minPageLSN && p.lsn <= committed
 }

@@ -24,6 +24,7 @@ type history struct {
 	hold   chan struct{} // if set, an answer waits for its end
 	calls  []string
 	newest func() pg.LSN
+	oldest pg.LSN // what is before is forgotten
 }
 
 type version struct {
@@ -65,7 +66,20 @@ func (h *history) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber
 	if h.newest != nil && h.newest() > at {
 		at += pg.LSN(h.rng.Uint64N(uint64(h.newest()-at) + 1))
 	}
-	var out []byte
+	return h.asOfLocked(rel, block, count, at), nil
+}
+
+func (h *history) PagesAt(_ context.Context, rel pg.RelTag, block pg.BlockNumber, count int, lsn pg.LSN) ([]byte, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if lsn < h.oldest {
+		return nil, ErrTooOld
+	}
+	return h.asOfLocked(rel, block, count, lsn), h.err
+}
+
+// asOfLocked gives the blocks that exist at an LSN, up to the first that does not.
+func (h *history) asOfLocked(rel pg.RelTag, block pg.BlockNumber, count int, at pg.LSN) (out []byte) {
 	for b := block; b < block+pg.BlockNumber(count); b++ {
 		versions := h.pages[rel][b]
 		i := len(versions) - 1
@@ -77,7 +91,7 @@ func (h *history) Pages(ctx context.Context, rel pg.RelTag, block pg.BlockNumber
 		}
 		out = append(out, versions[i].page...)
 	}
-	return out, nil
+	return out
 }
 
 func (h *history) Relations(_ context.Context, tablespace, database pg.Oid) ([]RelationSize, error) {

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -302,10 +303,11 @@ func (fs *FS) putLocked(f *file, b pg.BlockNumber, p *page, content []byte) erro
 	return nil
 }
 
-// stampLocked marks a block as written by Postgres now.
+// stampLocked marks a block as written by Postgres now. A sequence gets no LSN, so that it
+// stays: WAL is ahead of it by the values that it logs in advance, which would be skipped.
 func (fs *FS) stampLocked(f *file, p *page, content []byte) {
 	p.lsn = 0
-	if f.src != nil && f.src.slru == 0 && len(content) == pg.BlockSize {
+	if f.src != nil && f.src.slru == 0 && len(content) == pg.BlockSize && pagemask.KindOf(content) != pagemask.Sequence {
 		p.lsn = pg.PageLSN(content)
 	}
 	// The generation must not have been closed before the stamp is there: see Advance.

@@ -59,6 +59,9 @@ type Config struct {
 	// CacheBytes bounds the relation pages kept in scratch, as far as the eviction rule
 	// allows: what Postgres wrote lately stays beyond it. Default 1 GiB.
 	CacheBytes int64
+	// Past, if set, has each page that Postgres wrote and that is to leave compared with the
+	// page server's: see verify.go. It is the page server of Remote.
+	Past Past
 	// Log is where to say what goes wrong. Default slog.Default().
 	Log *slog.Logger
 }
@@ -87,6 +90,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("pgfs: the mountpoint %q is not an absolute path", c.Mountpoint)
 	case c.CacheBytes < minCacheBytes:
 		return fmt.Errorf("pgfs: a cache of %d bytes is too small: want at least %d", c.CacheBytes, minCacheBytes)
+	case c.Past != nil && (c.Remote == nil || c.WAL == nil):
+		return errors.New("pgfs: pages are to be compared with a page server's, but there is none, or no WAL")
 	case c.Remote != nil && c.WAL != nil && c.StartLSN == pg.InvalidLSN:
 		return errors.New("pgfs: pages come from a page server, but no start LSN was given")
 	}
@@ -115,6 +120,7 @@ type FS struct {
 	pageLocks [512]sync.RWMutex
 
 	cache        evictor
+	verify       *verifier // nil: nothing is compared
 	stats        counters
 	aheadFetches atomic.Int64 // read-ahead calls under way
 	room         struct {     // on the disk, for temporary files
@@ -139,6 +145,9 @@ func New(cfg Config) (*FS, error) {
 	fs.root.dir = newDir(nil, "")
 	fs.root.links.Store(2)
 	fs.cache.init(cfg.CacheBytes / pg.BlockSize)
+	if cfg.Past != nil {
+		fs.verify = newVerifier(cfg.Log)
+	}
 	if cfg.Remote != nil {
 		go fs.evictLoop()
 	}

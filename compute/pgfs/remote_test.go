@@ -232,6 +232,7 @@ func TestEvictionRule(t *testing.T) {
 			fs.Advance(running("4/9"), lsn+50)
 			wal.commit(lsn + 50)
 		}, true},
+		{"a sequence, which WAL is ahead of", "base/5/1", sequencePage(lsn, 5), everyoneDone, false},
 		{"a transaction of the time still runs", "base/5/1", pageOf(lsn, 1), func(fs *FS, wal *fakeWAL) {
 			for range 5 {
 				fs.Advance(running("3/1"), lsn)

@@ -64,6 +64,7 @@ type Manager struct {
 	PasswordFile   string            `yaml:"password_file"`   // the superuser's first password; empty: a random one
 	Settings       map[string]string `yaml:"settings"`        // postgresql.conf settings of endpoints
 	CacheBytes     int64             `yaml:"cache_bytes"`     // of an endpoint's local sealed store; 0: the default
+	VerifyPages    bool              `yaml:"verify_pages"`    // endpoints compare what they wrote with the page server; slow, for tests
 }
 
 // Compute configures one endpoint's agent.
@@ -78,6 +79,7 @@ type Compute struct {
 	Pageserver  string            `yaml:"pageserver"`
 	Settings    map[string]string `yaml:"settings"`
 	CacheBytes  int64             `yaml:"cache_bytes"`
+	VerifyPages bool              `yaml:"verify_pages"`
 }
 
 // Load reads the file into out, a pointer to one of this package's structs, and validates

@@ -12,7 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -42,6 +44,9 @@ type Options struct {
 	// VerifyRedo has the pageserver of a separate cluster compare what redo makes with the
 	// images of wal_consistency_checking.
 	VerifyRedo bool
+	// VerifyPages has the endpoint of a separate cluster compare the pages that it wrote with
+	// the pageserver's: see PageChecks.
+	VerifyPages bool
 }
 
 // Cluster is a cluster that runs or can run.
@@ -176,7 +181,7 @@ func (c *Cluster) prepareSeparate() error {
 		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
 			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: "dev",
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
-			Settings: c.opts.Settings, CacheBytes: c.opts.CacheBytes},
+			Settings: c.opts.Settings, CacheBytes: c.opts.CacheBytes, VerifyPages: c.opts.VerifyPages},
 	}
 	for id := 1; id <= 3; id++ {
 		configs[Safekeeper(id)] = &config.Safekeeper{ID: uint64(id), Listen: c.Socket(Safekeeper(id)), Dir: c.Dir(Safekeeper(id)),
@@ -322,6 +327,32 @@ func (c *Cluster) Log() string {
 		}
 	}
 	return b.String()
+}
+
+// PageCheck is what one life of the endpoint compared with the pageserver.
+type PageCheck struct {
+	Whole                bool // it ended in order, and all that was left was compared
+	Compared, Mismatched int64
+	Left                 int64  // pages that left the local store
+	Line                 string // as it is in the log
+}
+
+var pageCheck = regexp.MustCompile(`msg="pages were compared with the page server's" .*whole=(\w+) compared=(\d+) mismatched=(\d+) .*left=(\d+)`)
+
+// PageChecks lists what the endpoint's lives that have ended compared (Options.VerifyPages).
+func (c *Cluster) PageChecks() (list []PageCheck) {
+	for line := range strings.Lines(c.Log()) {
+		m := pageCheck.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		p := PageCheck{Whole: m[1] == "true", Line: strings.TrimSpace(line)}
+		p.Compared, _ = strconv.ParseInt(m[2], 10, 64) // digits
+		p.Mismatched, _ = strconv.ParseInt(m[3], 10, 64)
+		p.Left, _ = strconv.ParseInt(m[4], 10, 64)
+		list = append(list, p)
+	}
+	return list
 }
 
 // Logs is the end of every log, for a failure's message.

@@ -30,7 +30,7 @@ type Comparison struct {
 	// nothing but recover from WAL, whose pages must be the same in each byte.
 	Primary bool
 	// Mask copies a page without what may differ. nil: nothing may.
-	Mask func(tag pg.RelTag, page []byte) ([]byte, error)
+	Mask func(tag pg.RelTag, block uint32, page []byte) ([]byte, error)
 	// Heap tells relations whose free space maps are checked against their pages. nil: none.
 	Heap func(pg.RelFileNode) bool
 
@@ -196,8 +196,8 @@ func (c *Comparison) page(tag pg.RelTag, block uint32, have, want []byte) {
 	a, b := have, want
 	if c.Mask != nil {
 		var errA, errB error
-		a, errA = c.Mask(tag, have)
-		b, errB = c.Mask(tag, want)
+		a, errA = c.Mask(tag, block, have)
+		b, errB = c.Mask(tag, block, want)
 		if errA != nil || errB != nil {
 			c.problem("%v block %d: here %v, there %v", tag, block, errA, errB)
 			return

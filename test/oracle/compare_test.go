@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -24,27 +25,11 @@ type comparison struct {
 	// kinds has the primary's relations by what their pages look like. It is nil for a
 	// server that did nothing but replay, too: that one's pages must be the same, hints
 	// included, and only bytes that belong to nothing may differ.
-	kinds map[pg.RelFileNode]pageKind
+	kinds map[pg.RelFileNode]pagemask.Kind
 
 	pages, equal, extended, left int
 	problems                     []string
 }
-
-// pageKind says how a page is masked.
-type pageKind int
-
-const (
-	unknownPages pageKind = iota
-	heapPages
-	btreePages
-	hashPages
-	ginPages
-	brinPages
-	gistPages
-	spgistPages
-	sequencePages
-	otherPages // index kinds that leave no hints
-)
 
 func (c *comparison) errorf(format string, args ...any) {
 	c.problems = append(c.problems, fmt.Sprintf(format, args...))
@@ -82,7 +67,7 @@ func (c *comparison) run() *comparison {
 		case want == nil:
 			c.errorf("page %d of %s should not exist", p.Page, p.Kind.Dir())
 		case !bytes.Equal(have, want):
-			c.errorf("page %d of %s differs at %d", p.Page, p.Kind.Dir(), firstDifference(have, want))
+			c.errorf("page %d of %s differs at %d", p.Page, p.Kind.Dir(), pagemask.Difference(have, want))
 		}
 	}
 	for _, d := range []string{
@@ -126,6 +111,11 @@ func (c *comparison) relation(tag pg.RelTag) {
 			continue
 		}
 		c.pages++
+		if kind := c.kinds[tag.RelFileNode]; kind != pagemask.Other && tag.Fork == pg.MainFork && !pg.IsNewPage(w) {
+			if told := pagemask.KindOf(w); told != kind {
+				c.errorf("%v block %d is taken for a %v page, it is a %v page", tag, i, told, kind)
+			}
+		}
 		if bytes.Equal(have[i], w) {
 			c.equal++
 			continue
@@ -136,8 +126,8 @@ func (c *comparison) relation(tag pg.RelTag) {
 
 func (c *comparison) page(tag pg.RelTag, block int, have, want []byte) {
 	kind := c.kinds[tag.RelFileNode]
-	a, errA := mask(tag.Fork, kind, c.kinds != nil, have)
-	b, errB := mask(tag.Fork, kind, c.kinds != nil, want)
+	a, errA := mask(tag.Fork, block, kind, c.kinds != nil, have)
+	b, errB := mask(tag.Fork, block, kind, c.kinds != nil, want)
 	if errA != nil || errB != nil {
 		c.errorf("%v block %d: here %v, there %v", tag, block, errA, errB)
 		return
@@ -147,19 +137,10 @@ func (c *comparison) page(tag pg.RelTag, block int, have, want []byte) {
 			b[i] &= a[i]
 		}
 	}
-	if i := firstDifference(a, b); i >= 0 {
-		c.errorf("%v (kind %d) block %d differs from byte %d on: %x here, %x there (LSNs %v, %v)", tag, kind, block, i,
+	if i := pagemask.Difference(a, b); i >= 0 {
+		c.errorf("%v (%v pages) block %d differs from byte %d on: %x here, %x there (LSNs %v, %v)", tag, kind, block, i,
 			a[i:min(i+8, len(a))], b[i:min(i+8, len(b))], pg.PageLSN(have), pg.PageLSN(want))
 	}
-}
-
-func firstDifference(a, b []byte) int {
-	for i := range a {
-		if a[i] != b[i] {
-			return i
-		}
-	}
-	return -1
 }
 
 func empty(p []byte) bool {
@@ -167,83 +148,12 @@ func empty(p []byte) bool {
 }
 
 // mask copies a page without what may differ: what belongs to nothing, and, on the
-// primary, hints and command ids. It is written from bufmask.c's and the access methods'
-// rules, not from redo's own.
-func mask(fork pg.ForkNumber, kind pageKind, primary bool, p []byte) ([]byte, error) {
-	p = append([]byte(nil), p...)
-	switch {
-	case fork == pg.FSMFork:
-		clear(p[24:28]) // fp_next_slot
-		return p, nil
-	case fork == pg.VMFork:
-		clear(p[:24]) // where the primary extended the map, its page has a header already
-		return p, nil
-	case pg.IsNewPage(p):
-		return p, nil
-	case fork == pg.InitFork && primary:
-		clear(p[:8]) // written before it is logged
+// primary, hints and command ids.
+func mask(fork pg.ForkNumber, block int, kind pagemask.Kind, primary bool, p []byte) ([]byte, error) {
+	allow := pagemask.Allow(0)
+	if primary {
+		allow = pagemask.Hints | pagemask.AllVisible | pagemask.Unlogged | pagemask.Ahead
 	}
-	lower, upper, special := int(le.Uint16(p[12:])), int(le.Uint16(p[14:])), int(le.Uint16(p[16:]))
-	if lower < 24 || lower > upper || upper > special || special > len(p) {
-		return nil, fmt.Errorf("corrupt header: lower %d upper %d special %d", lower, upper, special)
-	}
-	if special != len(p)-8 || le.Uint16(p[len(p)-2:]) != 0xF092 { // BRIN's range map, which is all TIDs
-		clear(p[lower:upper])
-	}
-	if kind == ginPages && primary && special == len(p)-8 && le.Uint16(p[len(p)-2:]) == 1<<2 {
-		clear(p[8 : len(p)-2]) // from the pending list, deleted: the primary leaves it as it is
-		return p, nil
-	}
-	if kind == brinPages && primary && special == len(p)-8 {
-		p[len(p)-4] &^= 1 // BRIN_EVACUATE_PAGE
-	}
-	if kind == heapPages || kind == btreePages {
-		le.PutUint16(p[10:], le.Uint16(p[10:])&^7) // hints in pd_flags
-		clear(p[20:24])                            // pd_prune_xid
-	}
-	hash := kind == hashPages && special == len(p)-16
-	dead := kind == btreePages || kind == gistPages || hash && p[special+12]&3 != 0 // line pointers may say so, as a hint; in hash, not those of meta and bitmap pages
-	used := make([]bool, len(p))
-	for at := 24; at+4 <= lower; at += 4 {
-		item := le.Uint32(p[at:])
-		off, flags, n := int(item&0x7FFF), item>>15&3, int(item>>17)
-		if n > 0 && off+n <= len(p) {
-			for i := off; i < off+n; i++ {
-				used[i] = true
-			}
-		}
-		switch {
-		case dead && primary && flags == 3:
-			le.PutUint32(p[at:], item&^(3<<15)|1<<15)
-		case kind == heapPages && primary && flags == 1 && n >= 23:
-			maskTuple(p[off : off+n])
-		case kind == sequencePages && n == 41:
-			clear(p[off+24 : off+n]) // WAL is ahead by up to 32 values: last_value, log_cnt, is_called
-		}
-	}
-	for i := upper; i < special; i++ {
-		if !used[i] {
-			p[i] = 0
-		}
-	}
-	if hash && primary {
-		p[special+12] &^= 1 << 7 // LH_PAGE_HAS_DEAD_TUPLES
-	}
-	if kind == spgistPages && primary && special == len(p)-8 && p[special]&1 != 0 {
-		clear(p[24:lower]) // the metapage: which pages were used last is not in WAL
-	}
-	if kind == gistPages && primary && special == len(p)-16 {
-		p[special+12] &^= 1<<2 | 1<<4 // TUPLES_DELETED, which recovery sets in more cases, and HAS_GARBAGE
-	}
-	if kind == btreePages && special == len(p)-16 {
-		le.PutUint16(p[special+12:], le.Uint16(p[special+12:])&^(1<<5|1<<6)) // SPLIT_END, HAS_GARBAGE
-		clear(p[special+14:])                                                // cycle id
-	}
-	return p, nil
-}
-
-// maskTuple blanks a heap tuple's hint bits and command ids.
-func maskTuple(t []byte) {
-	le.PutUint16(t[20:], le.Uint16(t[20:])&^0x0F20) // xmin and xmax hints, HEAP_COMBOCID
-	clear(t[8:12])
+	p = bytes.Clone(p)
+	return p, pagemask.Mask(p, pagemask.Place{Fork: fork, Block: pg.BlockNumber(block), Kind: kind}, allow)
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/redo"
 )
@@ -74,7 +75,7 @@ func (s *state) add(t *testing.T, p string, b []byte) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(c.Marshal(), b) {
-			t.Errorf("pg_control is not what its parsed form marshals to; first difference at %d", firstDifference(c.Marshal(), b))
+			t.Errorf("pg_control is not what its parsed form marshals to; first difference at %d", pagemask.Difference(c.Marshal(), b))
 		}
 		s.control = c
 	case name == "pg_filenode.map":

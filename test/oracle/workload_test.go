@@ -9,12 +9,13 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
 // workload runs the server through everything and shuts it down. It gives what kind of
 // pages each relation has at the end.
-func workload(s *server) map[pg.RelFileNode]pageKind {
+func workload(s *server) map[pg.RelFileNode]pagemask.Kind {
 	s.start()
 	c := s.connect("postgres")
 	c.exec("CREATE EXTENSION bloom", "CREATE EXTENSION amcheck")
@@ -369,30 +370,30 @@ func mixed(s *server) {
 }
 
 // relationKinds asks each database what its relations are.
-func relationKinds(s *server, c *session) map[pg.RelFileNode]pageKind {
-	kinds := map[pg.RelFileNode]pageKind{}
+func relationKinds(s *server, c *session) map[pg.RelFileNode]pagemask.Kind {
+	kinds := map[pg.RelFileNode]pagemask.Kind{}
 	for _, db := range c.rows("SELECT datname, oid, dattablespace FROM pg_database") {
 		x := s.connect(db[0])
 		for _, r := range x.rows(`SELECT CASE reltablespace WHEN 0 THEN ` + db[2] + ` ELSE reltablespace END, CASE WHEN relisshared THEN 0 ELSE ` + db[1] + ` END,
 			pg_relation_filenode(c.oid), relkind, amname FROM pg_class c LEFT JOIN pg_am a ON a.oid = relam WHERE relkind IN ('r', 'm', 't', 'i', 'S')`) {
-			kind := otherPages
+			kind := pagemask.Other
 			switch {
 			case r[4] == "heap":
-				kind = heapPages
+				kind = pagemask.Heap
 			case r[4] == "btree":
-				kind = btreePages
+				kind = pagemask.Btree
 			case r[4] == "hash":
-				kind = hashPages
+				kind = pagemask.Hash
 			case r[4] == "gin":
-				kind = ginPages
+				kind = pagemask.GIN
 			case r[4] == "brin":
-				kind = brinPages
+				kind = pagemask.BRIN
 			case r[4] == "gist":
-				kind = gistPages
+				kind = pagemask.Gist
 			case r[4] == "spgist":
-				kind = spgistPages
+				kind = pagemask.SPGist
 			case r[3] == "S":
-				kind = sequencePages
+				kind = pagemask.Sequence
 			}
 			kinds[pg.RelFileNode{Tablespace: oid(s.t, r[0]), Database: oid(s.t, r[1]), Relation: oid(s.t, r[2])}] = kind
 		}

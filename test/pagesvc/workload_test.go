@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/test/stock"
 )
@@ -106,9 +107,9 @@ func lockRows(t testing.TB, s *stock.Server) {
 }
 
 // relationKinds asks every database what kind of pages its relations have.
-func relationKinds(t testing.TB, s *stock.Server) map[pg.RelFileNode]kind {
+func relationKinds(t testing.TB, s *stock.Server) map[pg.RelFileNode]pagemask.Kind {
 	t.Helper()
-	kinds := map[pg.RelFileNode]kind{}
+	kinds := map[pg.RelFileNode]pagemask.Kind{}
 	var databases []string
 	each := func(database, q string, fn func(pgx.Rows) error) {
 		conn, err := s.Target().InDatabase(database).Connect(t.Context())
@@ -145,14 +146,14 @@ func relationKinds(t testing.TB, s *stock.Server) map[pg.RelFileNode]kind {
 			if err := r.Scan(&tablespace, &database, &node, &relkind, &am); err != nil {
 				return err
 			}
-			k := heapPages
+			k := pagemask.Heap
 			switch {
 			case am == "btree":
-				k = btreePages
+				k = pagemask.Btree
 			case relkind == "S":
-				k = sequencePages
+				k = pagemask.Sequence
 			case relkind == "i":
-				k = indexPages
+				k = pagemask.Other
 			}
 			kinds[pg.RelFileNode{Tablespace: pg.Oid(tablespace), Database: pg.Oid(database), Relation: pg.Oid(node)}] = k
 			return nil

@@ -4,7 +4,8 @@
 //
 // The suites come from the source package of the installed server, which apt fetches; nothing
 // of it is committed here. With -consistency the server adds to each WAL record the pages that
-// it must produce (wal_consistency_checking), and the pageserver compares what its redo makes.
+// it must produce (wal_consistency_checking), and the pageserver compares what its redo makes. With
+// -verify-pages the endpoint compares the pages that it wrote with the pageserver's.
 package main
 
 import (
@@ -33,6 +34,7 @@ type options struct {
 	consistency bool
 	witness     bool
 	seed        uint64
+	verifyPages bool
 }
 
 func parseOptions() (options, error) {
@@ -48,6 +50,7 @@ func parseOptions() (options, error) {
 	flag.BoolVar(&o.consistency, "consistency", false, "compare what redo makes of each record (wal_consistency_checking)")
 	flag.BoolVar(&o.witness, "witness", true, "after each suite, compare the pageserver with a stock server that recovers the same WAL")
 	flag.Uint64Var(&o.seed, "seed", uint64(time.Now().UnixNano()), "of the LSNs that -witness draws")
+	flag.BoolVar(&o.verifyPages, "verify-pages", false, "compare each page that leaves the endpoint's local store, made small, with the pageserver's")
 	flag.Parse()
 	if o.only, err = regexp.Compile(only); err != nil {
 		return o, fmt.Errorf("-only: %w", err)
@@ -89,11 +92,15 @@ func run(ctx context.Context, o options) (err error) {
 	if o.consistency {
 		set["wal_consistency_checking"] = "all"
 	}
-	co := cluster.Options{Dir: filepath.Join(dir, "cluster"), Separate: true, Settings: set, VerifyRedo: o.consistency}
+	opts := cluster.Options{Dir: filepath.Join(dir, "cluster"), Separate: true, Settings: set, VerifyRedo: o.consistency, VerifyPages: o.verifyPages}
 	if o.witness {
-		co.HistoryBytes = 1 << 50 // all of it
+		opts.HistoryBytes = 1 << 50 // all of it
 	}
-	c, err := cluster.New(co)
+	if o.verifyPages {
+		opts.CacheBytes = smallCache
+		set["shared_buffers"] = "8MB" // so that Postgres writes what it changes
+	}
+	c, err := cluster.New(opts)
 	if err != nil {
 		return err
 	}
@@ -121,6 +128,9 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	if o.consistency {
 		failed = append(failed, checks(ctx, c)...)
+	}
+	if o.verifyPages {
+		failed = append(failed, pageChecks(ctx, c)...)
 	}
 	failed = append(failed, outlives(ctx, c, dir)...)
 	if len(failed) > 0 {
@@ -159,6 +169,30 @@ func runSuites(ctx context.Context, o options, src *source, suites []suite, c *c
 	fmt.Printf("%d tests passed\n", passed)
 	for _, name := range slices.Sorted(maps.Keys(excluded)) {
 		fmt.Printf("not run: %s: %s\n", name, excluded[name])
+	}
+	return failed
+}
+
+// smallCache is less than what the suites write.
+const smallCache = 8 << 20
+
+// pageChecks stops the endpoint in order, which compares all that it still holds, and starts it
+// again.
+func pageChecks(ctx context.Context, c *cluster.Cluster) (failed []string) {
+	for _, do := range []string{"stop", "start"} {
+		if _, err := c.CLI(ctx, "endpoint", do); err != nil {
+			return append(failed, err.Error())
+		}
+	}
+	list := c.PageChecks()
+	for _, p := range list {
+		fmt.Println(p.Line)
+		if !p.Whole || p.Mismatched > 0 || p.Compared == 0 {
+			failed = append(failed, fmt.Sprintf("pages were not all compared, or differ (the log says where): %s", p.Line))
+		}
+	}
+	if len(list) == 0 {
+		failed = append(failed, "the endpoint did not tell what it compared")
 	}
 	return failed
 }
