@@ -8,11 +8,9 @@ import (
 // What would not survive is refused, and what keeps Postgres from starting can be taken back.
 func TestWhatIsRefused(t *testing.T) {
 	w := newWorld(t, nil)
-	for _, location := range []string{"", "/tmp"} {
-		err := w.c.Target().Exec(w.ctx, "SET allow_in_place_tablespaces = on", "CREATE TABLESPACE elsewhere LOCATION '"+location+"'")
-		if err == nil || !strings.Contains(err.Error(), "perat") || strings.Contains(err.Error(), "in doubt") {
-			t.Errorf("CREATE TABLESPACE in %q: %v; want that the operation is refused", location, err)
-		}
+	err := w.c.Target().Exec(w.ctx, "SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inside LOCATION ''")
+	if err == nil || !strings.Contains(err.Error(), "Operation not supported") {
+		t.Errorf("CREATE TABLESPACE in place: %v; want that it is refused", err)
 	}
 	w.want("tablespaces", "2", "SELECT count(*) FROM pg_tablespace")
 
@@ -20,7 +18,7 @@ func TestWhatIsRefused(t *testing.T) {
 	if _, err := w.c.CLI(w.ctx, "endpoint", "kill"); err != nil {
 		t.Fatal(err)
 	}
-	_, err := w.c.CLI(w.ctx, "endpoint", "start")
+	_, err = w.c.CLI(w.ctx, "endpoint", "start")
 	for _, part := range []string{"shared_preload_libraries, which was set by ALTER SYSTEM", "holdfast endpoint start --reset-setting"} {
 		if err == nil || !strings.Contains(err.Error(), part) {
 			t.Fatalf("a start with a library that is not there: %v; want it to say %q", err, part)
