@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/holdfastdb/holdfast/compute/boot"
+	"github.com/holdfastdb/holdfast/compute/history"
 	"github.com/holdfastdb/holdfast/compute/pageclient"
 	"github.com/holdfastdb/holdfast/compute/pgfs"
 	"github.com/holdfastdb/holdfast/compute/pgproc"
@@ -25,9 +27,11 @@ import (
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
+	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 // agent is one life of an endpoint. Its parts are opened in the order of the fields and
@@ -54,6 +58,8 @@ type agent struct {
 	epoch    walclient.Epoch
 	appender *walclient.Appender
 	writer   *wal.Writer
+	history  *history.History // nil: nobody needs WAL of before the start
+	aux      auxKeeper
 	fs       *pgfs.FS
 	postgres *postgres
 	serving  atomic.Pointer[postgres] // postgres, for the mount
@@ -76,6 +82,15 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	hardening.Apply(cfg.Logger)
 	a := &agent{cfg: cfg, log: cfg.Logger, last: time.Now()}
+	a.aux.seal = func(ctx context.Context, changes []auxfile.Change) ([]byte, error) {
+		return auxfile.Seal(ctx, a.ring, cfg.Project, cfg.Branch, changes)
+	}
+	a.aux.emit = func(ctx context.Context, message []byte) error {
+		if p := a.serving.Load(); p != nil {
+			return p.emit(ctx, auxfile.Prefix, message)
+		}
+		return errNotServing
+	}
 	a.life, a.kill = context.WithCancelCause(context.Background())
 	err := a.run(ctx)
 	return errors.Join(err, a.end())
@@ -203,8 +218,54 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	a.plan, err = boot.Make(boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Now: time.Now()})
-	return err
+	in := boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Reset: a.cfg.ResetSettings, Now: time.Now()}
+	oldest, err := boot.OldestNeeded(state)
+	if err != nil {
+		return err
+	}
+	if oldest != pg.InvalidLSN {
+		if in.Page, err = a.openHistory(ctx, oldest, state); err != nil {
+			return err
+		}
+	}
+	if a.plan, err = boot.Make(in); err != nil {
+		return err
+	}
+	var kept []string
+	for _, f := range state.Files {
+		kept = append(kept, f.Path)
+	}
+	a.aux.begin(kept, a.plan.Stale)
+	return nil
+}
+
+// openHistory finds the WAL that replication slots need, and gives what of it stands on the
+// page where the log ends.
+func (a *agent) openHistory(ctx context.Context, oldest pg.LSN, state *pb.StartupStateResponse) (page []byte, err error) {
+	control, err := pg.ParseControlFile(state.ControlFile)
+	if err != nil {
+		return nil, err
+	}
+	a.history, err = history.Open(ctx, history.Config{Source: a.wal, Unseal: a.unseal, Oldest: oldest, Start: a.epoch.Start, End: a.epoch.End,
+		SystemID: control.SystemID})
+	if err != nil {
+		return nil, err
+	}
+	if begin := a.history.Begin(); begin > oldest {
+		a.log.Error("a replication slot needs WAL that is held no longer: who uses it will be told that its segment was removed, and has to begin anew",
+			"needed", oldest.String(), "held_from", begin.String())
+	}
+	return a.history.Prefix(ctx)
+}
+
+// unseal opens WAL of the branch.
+func (a *agent) unseal(ctx context.Context, dst []byte, c *pb.SealedWAL) ([]byte, error) {
+	sc := seal.Context{Purpose: seal.PurposeWAL, Project: a.cfg.Project, Branch: a.cfg.Branch, Object: c.Object}
+	key, err := a.ring.Open(ctx, sc, c.WrappedDek)
+	if err != nil {
+		return dst, err
+	}
+	return seal.OpenWAL(dst, key, sc, pg.LSN(c.BeginLsn), pg.LSN(c.EndLsn), c.Counter, c.Ciphertext)
 }
 
 // mountAtEnd commits the fabricated checkpoint and, meanwhile, mounts the data directory.
@@ -214,6 +275,7 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.writer = w
 	if err := w.Write(plan.Begin, plan.WAL); err != nil {
 		return err
 	}
@@ -223,8 +285,11 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	}
 	a.writer = w
 	remote := a.pages.At(a.epoch.End, a.epoch.Number)
-	cfg := pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: remote, WAL: w, Aux: a.keepAux, Fail: a.storeFailed, StartLSN: a.epoch.End,
+	cfg := pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: remote, WAL: w, Aux: a.aux.keep, Fail: a.storeFailed, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log}
+	if a.history != nil {
+		cfg.History = a.history.Pages
+	}
 	if a.cfg.VerifyPages {
 		cfg.Past = remote
 	}
@@ -242,6 +307,11 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	g.Go(func() error {
 		if err := writePlan(a.fs, plan); err != nil {
 			return err
+		}
+		if a.history != nil {
+			if err := a.fs.AddHistory(a.history.Begin(), plan.Begin.PageStart()); err != nil {
+				return fmt.Errorf("showing the WAL that replication slots need: %w", err)
+			}
 		}
 		return a.fs.Mount()
 	})
@@ -273,20 +343,6 @@ func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
 	return nil
 }
 
-// keepAux puts a file that WAL does not describe into the log: Postgres itself writes it
-// there, in its place among the WAL, and waits for the quorum.
-func (a *agent) keepAux(ctx context.Context, path string, content []byte) error {
-	p := a.serving.Load()
-	if p == nil {
-		return errors.New("the endpoint's Postgres is not running")
-	}
-	sealed, err := auxfile.Seal(ctx, a.ring, a.cfg.Project, a.cfg.Branch, path, content)
-	if err != nil {
-		return err
-	}
-	return p.emit(ctx, auxfile.Prefix, sealed)
-}
-
 func (a *agent) startPostgres(ctx context.Context) (err error) {
 	if a.postgres, err = startPostgres(a.folder.Mount, a.user, a.settings, a.log); err != nil {
 		return err
@@ -297,7 +353,44 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 		a.postgres.Kill()
 		a.appender.Close() // a write of WAL that waits for room cannot be killed
 	})
-	return a.postgres.awaitReady(ctx)
+	if err := a.postgres.awaitReady(ctx); err != nil {
+		return a.blameSettings(err)
+	}
+	return a.settleAux(ctx)
+}
+
+// settleAux makes durable what has waited for Postgres to take connections.
+func (a *agent) settleAux(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	if len(a.cfg.ResetSettings) > 0 {
+		if err := a.aux.keep(ctx, []auxfile.Change{{Path: auxfile.Settings, Content: a.plan.Auto}}); err != nil {
+			return fmt.Errorf("making durable that settings were reset: %w", err)
+		}
+		return nil
+	}
+	if err := a.aux.flush(ctx); err != nil {
+		a.log.Warn("telling the log of files that are gone; it is tried again", "error", err)
+	}
+	return nil
+}
+
+// blameSettings says what can be said about why Postgres did not come up.
+func (a *agent) blameSettings(err error) error {
+	said := a.postgres.log.Startup()
+	suspects := boot.Suspects(a.plan.Auto, said)
+	if said == "" || len(suspects) == 0 {
+		return err
+	}
+	var names []string
+	for _, s := range suspects {
+		names = append(names, s.Name)
+	}
+	const way = "`holdfast endpoint start --reset-setting NAME` starts without it, as after ALTER SYSTEM RESET NAME"
+	if suspects[0].Named {
+		return fmt.Errorf("%w: %s, which was set by ALTER SYSTEM, keeps Postgres from starting; %s: %w", ErrSetting, strings.Join(names, ", "), way, err)
+	}
+	return fmt.Errorf("if a setting of ALTER SYSTEM is the reason (%s), %s: %w", strings.Join(names, ", "), way, err)
 }
 
 // ready tells the world: the log, and who started this process.
@@ -328,6 +421,7 @@ func (a *agent) supervise(ctx context.Context) error {
 		if cause := a.fencedSoon(); cause != nil {
 			return cause
 		}
+		a.sayLast() // a superuser may have stopped it
 		return a.postgres.ended()
 	case <-a.fs.Done():
 		return errors.New("the mount has ended: somebody unmounted it, or its connection was aborted")
@@ -338,10 +432,46 @@ func (a *agent) supervise(ctx context.Context) error {
 		if cause := context.Cause(a.life); cause != nil {
 			return cause
 		}
+		a.sayLast()
 		a.verifyAll(a.life)
 		return context.Cause(a.life)
 	}
 }
+
+// sayLast puts into the log, behind a shutdown in order, what Postgres left in files then:
+// where replication slots stand, and the statistics. It is not known to be lost if it fails: a
+// slot stands where it stood before, and statistics begin anew, as after a crash.
+func (a *agent) sayLast() {
+	select {
+	case <-a.postgres.Done():
+	default:
+		return
+	}
+	if a.postgres.Err() != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(a.life, queryTimeout)
+	defer cancel()
+	var changes []auxfile.Change
+	if stats, err := a.fs.ReadFile(auxfile.Stats); err == nil && len(stats) <= maxStats {
+		changes = append(changes, auxfile.Change{Path: auxfile.Stats, Content: stats})
+	}
+	message, err := a.aux.last(ctx, changes...)
+	if err == nil && message != nil {
+		err = a.writer.Append(a.plan.SystemID, func(prev pg.LSN) []byte {
+			return walrec.Build(walrec.RmLogicalMsg, 0, 0, prev, auxfile.Record(message))
+		})
+		if err == nil {
+			err = a.writer.Sync(ctx)
+		}
+	}
+	if err != nil {
+		a.log.Warn("statistics, and where replication slots stand, could not be kept at the shutdown", "error", err)
+	}
+}
+
+// maxStats leaves room in the last message for all else.
+const maxStats = auxfile.MaxContent / 2
 
 // fencedSoon tells whether Postgres ended because its last flush failed: it can be faster
 // than the news that this compute may not append any more.
@@ -390,6 +520,9 @@ func (a *agent) end() error {
 	}
 	if a.wal != nil {
 		errs = append(errs, a.wal.Close())
+	}
+	if a.history != nil {
+		a.history.Wipe()
 	}
 	if a.noShred != nil {
 		a.noShred()

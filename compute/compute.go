@@ -46,6 +46,9 @@ type Config struct {
 	// ExtraSettings go into postgresql.conf. Settings on which Holdfast's promises depend are
 	// refused.
 	ExtraSettings map[string]string
+	// ResetSettings names settings of ALTER SYSTEM that are taken back before Postgres starts;
+	// "all" is every one.
+	ResetSettings []string
 	// CacheBytes bounds the local sealed copy of pages. 0: pgfs's default.
 	CacheBytes int64
 	// VerifyPages has each page that Postgres wrote compared with the page server's before it
@@ -56,6 +59,10 @@ type Config struct {
 
 // ErrFenced means that a newer compute has opened the branch: this one is to stay ended.
 var ErrFenced = errors.New("a newer compute has opened the branch")
+
+// ErrSetting means that Postgres does not start for a setting that ALTER SYSTEM made: trying
+// again does not help.
+var ErrSetting = errors.New("a wrong setting")
 
 // Bounds of a start and a stop.
 const (

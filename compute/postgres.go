@@ -107,7 +107,12 @@ const (
 	connectTimeout = 5 * time.Second
 	queryTimeout   = 10 * time.Second
 	pollInterval   = 2 * time.Second
-	noSuchDatabase = "3D000"
+
+	// SQLSTATEs.
+	noSuchDatabase   = "3D000"
+	notInThisState   = "55000" // of a database that takes no connections, for one
+	cannotConnectNow = "57P03"
+	adminShutdown    = "57P01"
 )
 
 // connect opens the agent's connection over the private socket.
@@ -170,17 +175,37 @@ func closeConn(conn *pgconn.PgConn) {
 	_ = conn.Close(ctx) // the server may be gone
 }
 
+// quietWait bounds the wait for a connection that nobody sees; see openQuiet.
+const quietWait = 500 * time.Millisecond
+
+// openQuiet connects to template1, where nobody has replication slots: those of another
+// database are not shown a message that was written there. A CREATE DATABASE keeps connections
+// to its template waiting, which must not keep a checkpoint waiting that it asked for.
+func (p *postgres) openQuiet(ctx context.Context) (*pgconn.PgConn, error) {
+	quiet, cancel := context.WithTimeout(ctx, quietWait)
+	conn, err := p.connect(quiet, "template1")
+	cancel()
+	pgErr := (*pgconn.PgError)(nil)
+	gone := errors.As(err, &pgErr) && (pgErr.Code == noSuchDatabase || pgErr.Code == notInThisState)
+	if gone || err != nil && quiet.Err() != nil {
+		conn, _, err = p.open(ctx)
+	}
+	return conn, err
+}
+
 // emit writes a logical message into the WAL and waits for the quorum.
 func (p *postgres) emit(ctx context.Context, prefix string, content []byte) error {
-	conn, _, err := p.open(ctx)
-	if err != nil {
-		return fmt.Errorf("connecting to Postgres: %w", err)
+	conn, err := p.openQuiet(ctx)
+	if err == nil {
+		defer closeConn(conn)
+		const binary = 1
+		err = conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
+			[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
 	}
-	defer closeConn(conn)
-	const binary = 1
-	res := conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
-		[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read()
-	return res.Err
+	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && (pgErr.Code == cannotConnectNow || pgErr.Code == adminShutdown) {
+		return fmt.Errorf("%w: %w", errNotServing, err)
+	}
+	return err
 }
 
 // poll tells the mount, now and then, what runs in Postgres, so that it may let pages go

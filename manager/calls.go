@@ -30,11 +30,14 @@ func (m *Manager) StartEndpoint(ctx context.Context, r *pb.EndpointRequest) (*pb
 	if err != nil {
 		return nil, err
 	}
+	if len(r.ResetSettings) > 0 && s.status().State == stateRunning {
+		return nil, rpc.Error(codes.FailedPrecondition, nil, "endpoint %s runs: ALTER SYSTEM RESET takes a setting back there", r.Name)
+	}
 	if err := m.want(ctx, r.Name, true); err != nil {
 		return nil, err
 	}
-	s.start()
-	if err := s.waitReady(ctx); err != nil {
+	s.start(r.ResetSettings...)
+	if err := s.waitReady(ctx, false); err != nil {
 		return nil, rpc.Error(codes.Unavailable, nil, "%v", err)
 	}
 	return s.status(), nil

@@ -149,7 +149,7 @@ func (m *Manager) Start(ctx context.Context) error {
 		s.start()
 	}
 	for _, s := range wanted {
-		if err := s.waitReady(ctx); err != nil {
+		if err := s.waitReady(ctx, true); err != nil {
 			return err
 		}
 	}
@@ -201,11 +201,15 @@ func (m *Manager) keepAttached(ctx context.Context) {
 func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 	dir := filepath.Join(m.cfg.ComputeDir, doc.Name)
 	file := filepath.Join(m.cfg.Dir, "endpoint-"+doc.Name+".yaml")
-	command := func() (*exec.Cmd, error) {
+	command := func(reset []string) (*exec.Cmd, error) {
 		if err := config.Save(file, m.computeConfig(doc, dir)); err != nil {
 			return nil, fmt.Errorf("writing the endpoint's configuration: %w", err)
 		}
-		return m.child("compute", "--config", file), nil
+		args := []string{"compute", "--config", file}
+		for _, name := range reset {
+			args = append(args, "--reset-setting", name)
+		}
+		return m.child(args...), nil
 	}
 	grace := stopGrace
 	if m.cfg.VerifyPages {

@@ -31,6 +31,10 @@ const (
 // started again by itself: two computes would take the branch from each other for ever.
 const ExitFenced = 3
 
+// ExitSetting is the exit status of a compute whose Postgres does not start for a setting
+// that ALTER SYSTEM made.
+const ExitSetting = 4
+
 // Bounds of a supervised child.
 const (
 	stopGrace      = 30 * time.Second // from SIGTERM to SIGKILL
@@ -41,11 +45,11 @@ const (
 
 // supervised is what a supervisor runs.
 type supervised struct {
-	command func() (*exec.Cmd, error) // a fresh command for each start
-	log     childLog                  // takes its standard error
-	remove  func() error              // deletes the endpoint's local folder
-	tell    func(string)              // is told, in words for the user, why it does not run
-	grace   time.Duration             // from SIGTERM to SIGKILL; 0: stopGrace
+	command func(reset []string) (*exec.Cmd, error) // a fresh command for each start; reset: see start
+	log     childLog                                // takes its standard error
+	remove  func() error                            // deletes the endpoint's local folder
+	tell    func(string)                            // is told, in words for the user, why it does not run
+	grace   time.Duration                           // from SIGTERM to SIGKILL; 0: stopGrace
 }
 
 // supervisor keeps one endpoint's agent running while it is wanted.
@@ -58,6 +62,8 @@ type supervisor struct {
 		sync.Mutex
 		state   string
 		err     string
+		setting bool     // err is a setting's: trying again does not help
+		reset   []string // settings to take back at the next start
 		epoch   uint64
 		process *os.Process
 		changed chan struct{}      // closed and replaced at each change of state
@@ -77,7 +83,7 @@ func newSupervisor(doc endpointDoc, child supervised, log *slog.Logger) *supervi
 func (s *supervisor) set(state, err string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.mu.state, s.mu.err = state, err
+	s.mu.state, s.mu.err, s.mu.setting = state, err, false
 	close(s.mu.changed)
 	s.mu.changed = make(chan struct{})
 }
@@ -94,10 +100,12 @@ func (s *supervisor) status() *pb.Endpoint {
 	return e
 }
 
-// start begins to keep the endpoint running; it does nothing when that is so already.
-func (s *supervisor) start() {
+// start begins to keep the endpoint running; it does nothing when that is so already. The
+// settings in reset are taken back at the next start.
+func (s *supervisor) start(reset ...string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.mu.reset, s.mu.setting = reset, false
 	if s.mu.cancel != nil {
 		select {
 		case <-s.mu.done: // the last loop gave up
@@ -141,12 +149,16 @@ func (s *supervisor) end(ctx context.Context, sig syscall.Signal) error {
 	}
 }
 
-// waitReady waits until the endpoint runs or has failed.
-func (s *supervisor) waitReady(ctx context.Context) error {
+// waitReady waits until the endpoint runs or has failed. Who is not patient is told at once of
+// what only they can mend.
+func (s *supervisor) waitReady(ctx context.Context, patient bool) error {
 	for {
 		s.mu.Lock()
-		state, msg, changed := s.mu.state, s.mu.err, s.mu.changed
+		state, msg, setting, changed := s.mu.state, s.mu.err, s.mu.setting, s.mu.changed
 		s.mu.Unlock()
+		if setting && !patient {
+			return fmt.Errorf("endpoint %s: %s", s.doc.Name, msg)
+		}
 		switch state {
 		case stateRunning:
 			return nil
@@ -193,6 +205,9 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 		s.log.Error("the agent ended; starting it again", "error", err, "after", backoff)
 		s.child.tell(fmt.Sprintf("endpoint %s ended: %v; starting it again", s.doc.Name, err))
 		s.set(stateStarting, err.Error())
+		if exit != nil && exit.ExitCode() == ExitSetting {
+			s.blameSetting()
+		}
 		select {
 		case <-time.After(backoff):
 		case <-ctx.Done():
@@ -203,10 +218,21 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 	}
 }
 
+func (s *supervisor) blameSetting() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.setting = true
+	close(s.mu.changed)
+	s.mu.changed = make(chan struct{})
+}
+
 // runOnce runs one agent to its end. It returns an error always: an agent that nobody
 // stopped has no reason to end.
 func (s *supervisor) runOnce(ctx context.Context) error {
-	cmd, err := s.child.command()
+	s.mu.Lock()
+	reset := s.mu.reset
+	s.mu.Unlock()
+	cmd, err := s.child.command(reset)
 	if err != nil {
 		return err
 	}
@@ -270,7 +296,7 @@ func (s *supervisor) readEvents(out io.Reader) {
 		}
 		if e.Event == "ready" {
 			s.mu.Lock()
-			s.mu.epoch = e.Epoch
+			s.mu.epoch, s.mu.reset = e.Epoch, nil
 			s.mu.Unlock()
 			s.set(stateRunning, "")
 		}

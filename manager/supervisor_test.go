@@ -19,7 +19,7 @@ func scripted(t *testing.T, script string) (s *supervisor, dir string, told func
 	var mu sync.Mutex
 	var words []string
 	s = newSupervisor(endpointDoc{Name: "main", Listen: "127.0.0.1:1"}, supervised{
-		command: func() (*exec.Cmd, error) {
+		command: func([]string) (*exec.Cmd, error) {
 			cmd := exec.Command("/bin/sh", "-c", script)
 			cmd.Dir = dir
 			return cmd, nil
@@ -47,7 +47,7 @@ func bounded(t *testing.T) context.Context {
 func TestReadyThenStopped(t *testing.T) {
 	s, _, _ := scripted(t, saysReady+"exec sleep 100")
 	s.start()
-	if err := s.waitReady(bounded(t)); err != nil {
+	if err := s.waitReady(bounded(t), true); err != nil {
 		t.Fatal(err)
 	}
 	if st := s.status(); st.State != stateRunning || st.Epoch != 7 || st.Pid == 0 {
@@ -60,7 +60,7 @@ func TestReadyThenStopped(t *testing.T) {
 		t.Errorf("status %v, want stopped without a pid", st)
 	}
 	s.start()
-	if err := s.waitReady(bounded(t)); err != nil {
+	if err := s.waitReady(bounded(t), true); err != nil {
 		t.Errorf("a stopped endpoint did not start again: %v", err)
 	}
 }
@@ -68,7 +68,7 @@ func TestReadyThenStopped(t *testing.T) {
 func TestAnAgentThatEndsIsStartedAgainAndItsReasonTold(t *testing.T) {
 	s, _, told := scripted(t, `if [ -e second ]; then `+saysReady+`exec sleep 100; fi; touch second; echo 'holdfast: no fuse here' >&2; echo noise >&2; exit 1`)
 	s.start()
-	if err := s.waitReady(bounded(t)); err != nil {
+	if err := s.waitReady(bounded(t), true); err != nil {
 		t.Fatal(err)
 	}
 	if got := told(); !strings.Contains(got, "no fuse here") || !strings.Contains(got, "agent.log") {
@@ -79,7 +79,7 @@ func TestAnAgentThatEndsIsStartedAgainAndItsReasonTold(t *testing.T) {
 func TestAFencedAgentStaysDown(t *testing.T) {
 	s, _, told := scripted(t, "exit 3")
 	s.start()
-	err := s.waitReady(bounded(t))
+	err := s.waitReady(bounded(t), true)
 	if err == nil || !strings.Contains(err.Error(), "fenced") {
 		t.Errorf("waitReady: %v, want fenced", err)
 	}
@@ -94,7 +94,7 @@ func TestAFencedAgentStaysDown(t *testing.T) {
 func TestKillRemovesTheLocalFolder(t *testing.T) {
 	s, dir, _ := scripted(t, saysReady+"echo secret > local; exec sleep 100")
 	s.start()
-	if err := s.waitReady(bounded(t)); err != nil {
+	if err := s.waitReady(bounded(t), true); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.kill(bounded(t)); err != nil {

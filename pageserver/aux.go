@@ -3,20 +3,25 @@ package pageserver
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/keyring"
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
+	"github.com/holdfastdb/holdfast/pageserver/keyspace"
+	"github.com/holdfastdb/holdfast/pageserver/timeline"
 )
 
-// openAux gives the value of an aux file in a logical message. Any user may write such a
+// openAux gives what a logical message says about aux files. Any user may write such a
 // message: one that does not open under the project's key is not the compute's, and is passed
 // over. When the key cannot be used, nothing is known of the message, and ingest waits.
-func (f *follower) openAux(ctx context.Context, sealed []byte) ([]byte, error) {
-	value, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
+func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change, error) {
+	changes, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
 	switch {
 	case err == nil:
-		return value, nil
+		return changes, nil
 	case errors.Is(err, keyring.ErrRevoked), errors.Is(err, keyring.ErrUnreachable), errors.Is(err, seal.ErrWiped), ctx.Err() != nil:
 		return nil, asLookup(err)
 	}
@@ -25,4 +30,27 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]byte, error) {
 		f.b.log.Warn("a logical message claims to carry a file, and does not open under the project's key; this and more of them are passed over")
 	}
 	return nil, nil
+}
+
+// needed is up to where the safekeepers may forget WAL that is in layers: to decode the past, a
+// new compute reads it as it was, from the oldest replication slot on.
+func needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
+	oldest := tl.DurableLSN()
+	from, to := keyspace.KindRange(keyspace.KindAuxFile)
+	err := tl.Scan(ctx, from, to, tl.LastLSN(), func(_ keyspace.Key, v timeline.Value) error {
+		name, data, err := auxfile.Parse(v.Data)
+		if err != nil || !strings.HasPrefix(name, auxfile.Slots+"/") {
+			return err
+		}
+		slot, err := pg.ParseReplicationSlot(data)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		// Who streams asks for whole segments.
+		if slot.Restart != pg.InvalidLSN {
+			oldest = min(oldest, slot.Restart.SegmentStart())
+		}
+		return nil
+	})
+	return oldest, err
 }

@@ -233,7 +233,8 @@ func needsReopen(err error) bool {
 // fold gives the timeline images of pages. Other values have no history.
 func fold(key keyspace.Key, h timeline.History) ([]byte, error) { return pageread.Fold(key, &h) }
 
-// reportEvery is how often the safekeepers hear how far the bucket has the WAL.
+// reportEvery is how often the safekeepers hear how far the bucket has the WAL, and nobody
+// needs it otherwise.
 const reportEvery = time.Second
 
 func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
@@ -241,10 +242,8 @@ func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
-		if lsn := tl.DurableLSN(); lsn > last {
-			callCtx, cancel := context.WithTimeout(ctx, 10*reportEvery)
-			err := b.source.ReportDurable(callCtx, lsn)
-			cancel()
+		if tl.DurableLSN() > last {
+			lsn, err := b.reportDurable(ctx, tl, last)
 			if err == nil {
 				last = lsn
 			} else if ctx.Err() == nil {
@@ -257,6 +256,17 @@ func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 		case <-tick.C:
 		}
 	}
+}
+
+// reportDurable tells the safekeepers what they may forget, if that is more than at last.
+func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, last pg.LSN) (pg.LSN, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*reportEvery)
+	defer cancel()
+	lsn, err := needed(ctx, tl)
+	if err != nil || lsn <= last {
+		return last, err
+	}
+	return lsn, b.source.ReportDurable(ctx, lsn)
 }
 
 func (b *branch) describe() *pb.PageServerBranch {

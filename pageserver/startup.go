@@ -1,8 +1,10 @@
 package pageserver
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 
 	"google.golang.org/grpc/codes"
 
@@ -62,13 +64,66 @@ func (rd *reader) startup(ctx context.Context) (*pb.StartupStateResponse, error)
 	if origins := state.OriginsFile(); origins != nil {
 		add(originsPath, origins)
 	}
+	aux := auxFiles{at: rd.lsn, parts: make(map[string][]part)}
 	for kind, fn := range rd.smallFiles(resp, add) {
 		from, to := keyspace.KindRange(kind)
 		if err := rd.tl.Scan(ctx, from, to, rd.lsn, fn); err != nil {
 			return nil, err
 		}
 	}
+	from, to := keyspace.KindRange(keyspace.KindAuxFile)
+	if err := rd.tl.Scan(ctx, from, to, rd.lsn, aux.take); err != nil {
+		return nil, err
+	}
+	aux.give(add)
 	return resp, nil
+}
+
+// auxFiles gathers the aux files as of the log's end.
+type auxFiles struct {
+	at    pg.LSN
+	whole []auxfile.Change
+	parts map[string][]part // by the file's name
+}
+
+type part struct {
+	offset uint64
+	data   []byte
+}
+
+func (a *auxFiles) take(_ keyspace.Key, v timeline.Value) error {
+	name, data, err := auxfile.Parse(v.Data)
+	if err != nil || name == startFile {
+		return err
+	}
+	if file, offset, ok := auxfile.CutPart(name); ok {
+		a.parts[file] = append(a.parts[file], part{offset, data})
+		return nil
+	}
+	// Statistics are good for the start that follows the shutdown they were kept at: after
+	// anything else PostgreSQL begins without, as it does after a crash.
+	if name == auxfile.Stats && v.LSN != a.at {
+		return nil
+	}
+	a.whole = append(a.whole, auxfile.Change{Path: name, Content: data})
+	return nil
+}
+
+func (a *auxFiles) give(add func(string, []byte)) {
+	for _, c := range a.whole {
+		add(c.Path, c.Content)
+	}
+	for file, parts := range a.parts {
+		slices.SortFunc(parts, func(x, y part) int { return cmp.Compare(x.offset, y.offset) })
+		var data []byte
+		for _, p := range parts {
+			if uint64(len(data)) != p.offset {
+				break // its beginning was removed: no start looks at the rest
+			}
+			data = append(data, p.data...)
+		}
+		add(file, data)
+	}
 }
 
 type scanFunc = func(keyspace.Key, timeline.Value) error
@@ -94,13 +149,6 @@ func (rd *reader) smallFiles(resp *pb.StartupStateResponse, add func(string, []b
 		keyspace.KindTwoPhase: func(key keyspace.Key, v timeline.Value) error {
 			k, err := keyspace.Parse(key)
 			add(fmt.Sprintf("pg_twophase/%08X", uint32(k.Xid)), v.Data)
-			return err
-		},
-		keyspace.KindAuxFile: func(_ keyspace.Key, v timeline.Value) error {
-			name, data, err := auxfile.Parse(v.Data)
-			if err == nil && name != startFile {
-				add(name, data)
-			}
 			return err
 		},
 	}

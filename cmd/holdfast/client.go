@@ -170,22 +170,28 @@ func newEndpoint() *cobra.Command {
 			return m.KillEndpoint(ctx, r)
 		}},
 	} {
-		group.AddCommand(&cobra.Command{
+		r := &pb.EndpointRequest{}
+		cmd := &cobra.Command{
 			Use: c.name + " [NAME]", Short: c.short, Args: cobra.MaximumNArgs(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				name := "main"
+				r.Name = "main"
 				if len(args) == 1 {
-					name = args[0]
+					r.Name = args[0]
 				}
 				return withManager(cmd, func(ctx context.Context, m pb.ManagerClient) error {
-					e, err := c.call(ctx, m, &pb.EndpointRequest{Name: name})
+					e, err := c.call(ctx, m, r)
 					if err != nil {
 						return err
 					}
 					return printEndpoints(cmd.OutOrStdout(), []*pb.Endpoint{e})
 				})
 			},
-		})
+		}
+		if c.name == "start" {
+			cmd.Flags().StringArrayVar(&r.ResetSettings, "reset-setting", nil,
+				"take a setting of ALTER SYSTEM back first, or all, where PostgreSQL does not start with it; may be repeated")
+		}
+		group.AddCommand(cmd)
 	}
 	return group
 }

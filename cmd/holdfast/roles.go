@@ -274,6 +274,7 @@ func printPassword(password string) {
 func newCompute() *cobra.Command {
 	var file string
 	var isInit bool
+	var reset []string
 	cmd := &cobra.Command{
 		Use: "compute --config FILE", Short: "Run one endpoint: the agent and its Postgres", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -290,15 +291,20 @@ func newCompute() *cobra.Command {
 				_, err = initdb.InitBranch(cmd.Context(), agent, password)
 				return err
 			}
+			agent.ResetSettings = reset
 			err := compute.Run(cmd.Context(), agent)
-			if errors.Is(err, compute.ErrFenced) {
+			switch {
+			case errors.Is(err, compute.ErrFenced):
 				return &exitError{status: manager.ExitFenced, err: err}
+			case errors.Is(err, compute.ErrSetting):
+				return &exitError{status: manager.ExitSetting, err: err}
 			}
 			return err
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "the endpoint's configuration (YAML)")
 	cmd.Flags().BoolVar(&isInit, "init", false, "make the branch with initdb instead; the superuser's password is read from standard input")
+	cmd.Flags().StringArrayVar(&reset, "reset-setting", nil, "a setting of ALTER SYSTEM to take back first, or all; may be repeated")
 	_ = cmd.MarkFlagRequired("config")
 	return cmd
 }

@@ -6,7 +6,7 @@
 // the counters that the page server has as of the log's end, and laid where the log ends, so
 // that it can be committed to the safekeepers as the first WAL of the new epoch. In pg_wal
 // Postgres needs to find the page of X and the long header of the segment's first page;
-// WAL before X it never reads.
+// WAL before X it reads for replication slots only.
 //
 // The package is pure: Make turns what the safekeepers and the page server said into a Plan.
 package boot
@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 )
@@ -36,6 +37,11 @@ type Input struct {
 	State *pb.StartupStateResponse
 	// Settings are what Postgres will be started with.
 	Settings *Settings
+	// Reset names settings of ALTER SYSTEM that are to be taken back.
+	Reset []string
+	// Page is what the log has between the start of End's page and End. It is needed where
+	// somebody reads the WAL before End (OldestNeeded); nil: zeros behind a header do.
+	Page []byte
 	// Now is stamped on the checkpoint.
 	Now time.Time
 }
@@ -56,8 +62,13 @@ type Plan struct {
 	Page []byte
 	// Dirs and Files are to be made in this order: pg_control and the WAL come last, so that
 	// a data directory without them is one that was not finished.
-	Dirs  []string
-	Files []File
+	Dirs     []string
+	Files    []File
+	SystemID uint64
+	// Auto is what ALTER SYSTEM's file holds after Reset.
+	Auto []byte
+	// Stale are files that the branch still has and nobody needs any more.
+	Stale []string
 }
 
 // dirs are the directories that initdb makes and Postgres expects.
@@ -78,7 +89,7 @@ func Make(in Input) (*Plan, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
-	p := &Plan{Begin: in.End, Checkpoint: in.End.SkipPageHeader()}
+	p := &Plan{Begin: in.End, Checkpoint: in.End.SkipPageHeader(), SystemID: control.SystemID}
 	if err := check(in, p.Checkpoint, control, cp); err != nil {
 		return nil, fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
@@ -86,7 +97,9 @@ func Make(in Input) (*Plan, error) {
 	fillControl(control, cp)
 	rec := walrec.BuildCheckpointRecord(p.Checkpoint, pg.LSN(in.State.PrevRecordLsn), cp)
 	p.WAL, p.End = walrec.PlaceRecord(p.Begin, rec, control.SystemID)
-	p.Page = pagePrefix(p.Begin, control.SystemID)
+	if p.Page = in.Page; p.Page == nil {
+		p.Page = pagePrefix(p.Begin, control.SystemID)
+	}
 
 	p.Dirs = append(p.Dirs, dirs...)
 	for _, db := range in.State.Databases {
@@ -150,8 +163,12 @@ func pagePrefix(begin pg.LSN, sysid uint64) []byte {
 // addFiles adds the page server's files and those that are made here.
 func (p *Plan) addFiles(in Input) error {
 	own := map[string][]byte{
-		"PG_VERSION":           []byte("15\n"),
-		"postgresql.auto.conf": nil,
+		"PG_VERSION":     []byte("15\n"),
+		auxfile.Settings: nil,
+	}
+	slots, err := readSlots(in.State.Files)
+	if err != nil {
+		return fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
 	for _, f := range in.State.Files {
 		if !isPlainPath(f.Path) {
@@ -160,13 +177,22 @@ func (p *Plan) addFiles(in Input) error {
 		if isOurs(f.Path) {
 			continue
 		}
+		if slots.stale(f.Path) {
+			p.Stale = append(p.Stale, f.Path)
+			continue
+		}
 		delete(own, f.Path)
+		data := f.Data
+		if f.Path == auxfile.Settings {
+			data = ResetSettings(data, in.Reset)
+			p.Auto = data
+		}
 		if dir := path.Dir(f.Path); dir != "." {
 			p.Dirs = append(p.Dirs, dir)
 		}
-		p.Files = append(p.Files, File{Path: f.Path, Data: f.Data})
+		p.Files = append(p.Files, File{Path: f.Path, Data: data})
 	}
-	for _, name := range []string{"PG_VERSION", "postgresql.auto.conf"} {
+	for _, name := range []string{"PG_VERSION", auxfile.Settings} {
 		if data, ok := own[name]; ok {
 			p.Files = append(p.Files, File{Path: name, Data: data})
 		}

@@ -1,16 +1,12 @@
 package pgfs
 
 import (
-	"fmt"
 	iofs "io/fs"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
-
-	"github.com/holdfastdb/holdfast/internal/auxfile"
 )
 
 // The kernel's requests about names.
@@ -103,27 +99,39 @@ func (fs *FS) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string, out *
 	return fs.status(errNotPermitted)
 }
 
-// Mkdir makes a directory. The page server has nothing under it, whatever its name.
+// Mkdir makes a directory. The page server has nothing under it, whatever its name. Where it
+// would be a tablespace (allow_in_place_tablespaces) it is refused: see Symlink.
 func (fs *FS) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
+	if err := fs.refuseTablespace(&in.InHeader); err != nil {
+		return fs.status(err)
+	}
 	return fs.make(cancel, &in.InHeader, name, syscall.S_IFDIR|in.Mode&07777, out, func(n *node) { n.dir = newDir(nil, "") })
 }
 
 // Symlink is refused where Postgres would use it for a tablespace: that is outside the mount,
 // so its files would neither be sealed nor survive this compute.
 func (fs *FS) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name string, out *fuse.EntryOut) fuse.Status {
+	if err := fs.refuseTablespace(h); err != nil {
+		return fs.status(err)
+	}
+	return fs.make(cancel, h, name, syscall.S_IFLNK|0o777, out, func(n *node) { n.target = target })
+}
+
+// refuseTablespace refuses what is made in pg_tblspc.
+func (fs *FS) refuseTablespace(h *fuse.InHeader) error {
 	parent, err := fs.nodeOf(h)
 	if err != nil {
-		return fs.status(err)
+		return err
 	}
 	fs.tree.RLock()
 	refused := parent.dir != nil && parent.dir.path == "pg_tblspc"
 	fs.tree.RUnlock()
-	if refused {
-		fs.cfg.Log.Error("CREATE TABLESPACE was refused: this storage does not support tablespaces outside the data directory, " +
-			"because files there would be neither sealed nor kept; create the objects in the default tablespace")
-		return fs.status(errNotPermitted)
+	if !refused {
+		return nil
 	}
-	return fs.make(cancel, h, name, syscall.S_IFLNK|0o777, out, func(n *node) { n.target = target })
+	fs.cfg.Log.Error("CREATE TABLESPACE was refused: this storage has one tablespace, " +
+		"because files of another would be neither sealed nor kept; create the objects in the default tablespace")
+	return errNotSupported
 }
 
 // Readlink gives a symbolic link's target.
@@ -177,6 +185,9 @@ func (fs *FS) Rmdir(cancel <-chan struct{}, h *fuse.InHeader, name string) fuse.
 
 func (fs *FS) unname(cancel <-chan struct{}, h *fuse.InHeader, name string, isDir bool) fuse.Status {
 	parent, err := fs.loaded(cancel, h)
+	if err == nil {
+		err = fs.dropAux(caller(cancel, h), parent, name)
+	}
 	if err != nil {
 		return fs.status(err)
 	}
@@ -226,35 +237,6 @@ func (fs *FS) Rename(cancel <-chan struct{}, in *fuse.RenameIn, oldName, newName
 		err = fs.rename(from, oldName, to, newName, in.Flags&unix.RENAME_NOREPLACE != 0)
 	}
 	return fs.status(err)
-}
-
-// auxTimeout bounds how long a rename may wait for Config.Aux, which may need Postgres: the
-// kernel holds the directory meanwhile.
-const auxTimeout = 10 * time.Second
-
-// keepAux makes a file durable that is about to get a name under which it has to be.
-func (fs *FS) keepAux(op opContext, from *node, oldName string, to *node, newName string) error {
-	if fs.cfg.Aux == nil || to.dir == nil {
-		return nil
-	}
-	fs.tree.RLock()
-	path := to.dir.join(newName)
-	n, err := childLocked(from, oldName)
-	fs.tree.RUnlock()
-	if err != nil || n.file == nil || !auxfile.Carried(path) {
-		return err
-	}
-	content := make([]byte, min(n.file.size.Load(), auxfile.MaxContent+1))
-	read, err := fs.read(op, n.file, content, 0)
-	if err != nil {
-		return err
-	}
-	ctx, stop := fs.begin(op, auxTimeout)
-	defer stop()
-	if err := fs.cfg.Aux(ctx, path, content[:read]); err != nil {
-		return fmt.Errorf("%s could not be made durable, so its new content is refused: %w", path, err)
-	}
-	return nil
 }
 
 func (fs *FS) rename(from *node, oldName string, to *node, newName string, noReplace bool) error {

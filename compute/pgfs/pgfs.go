@@ -32,6 +32,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -45,9 +46,11 @@ type Config struct {
 	Remote Remote
 	// WAL takes what is written to pg_wal. Nil: pg_wal holds ordinary local files.
 	WAL WAL
-	// Aux, if set, makes durable what a file will hold that WAL does not describe, before the
-	// rename that gives it its name answers; if it fails, so does the rename.
-	Aux func(ctx context.Context, path string, content []byte) error
+	// Aux, if set, makes durable what becomes of files that WAL does not describe, before the
+	// rename or unlink answers that does it; if it fails, so does that.
+	Aux func(ctx context.Context, changes []auxfile.Change) error
+	// History gives count pages of the WAL before StartLSN, from lsn on: see AddHistory.
+	History func(ctx context.Context, lsn pg.LSN, count int) ([]byte, error)
 	// Fail, if set, is told once that the local store failed under a write that Postgres
 	// believes to be done. Everything fails from then on; Postgres must be killed.
 	Fail func(error)

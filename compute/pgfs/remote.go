@@ -13,7 +13,8 @@ import (
 type source struct {
 	path  string         // the file's only right name, relative to the data directory
 	rel   pg.RelTag      // the fork they belong to, or
-	slru  pg.SLRUKind    // the SLRU area
+	slru  pg.SLRUKind    // the SLRU area, or
+	wal   pg.LSN         // where the WAL segment begins, of the time before the start
 	first pg.BlockNumber // the file's first block, in the fork or the area
 }
 
@@ -152,7 +153,9 @@ func (fs *FS) run(f *file, ft *fetch) {
 
 func (fs *FS) pages(ctx context.Context, s *source, ft *fetch) (data []byte, err error) {
 	first := s.first + ft.first
-	if s.slru != 0 {
+	if s.wal != 0 {
+		data, err = fs.cfg.History(ctx, s.wal+pg.LSN(first)*pg.BlockSize, ft.count)
+	} else if s.slru != 0 {
 		data, err = fs.cfg.Remote.SLRU(ctx, s.slru, uint32(first), ft.count)
 	} else {
 		data, err = fs.cfg.Remote.Pages(ctx, s.rel, first, ft.count, ft.at)

@@ -48,6 +48,8 @@ type Tracker struct {
 	scanner *walrec.Scanner
 	// base is the end of the last complete record. Invariant: what is before it is accepted.
 	base pg.LSN
+	// last is where the record begins that ends at base; 0 if none was accepted yet.
+	last pg.LSN
 	// before is what was accepted of the page that holds the last accepted byte; it ends at
 	// beforeEnd, which is base or, after a switch record, that record's end.
 	before    []byte
@@ -169,7 +171,7 @@ func (t *Tracker) scan() ([]Chunk, error) {
 			cut(n, t.base)
 			return chunks, nil
 		}
-		t.base = rec.End
+		t.base, t.last = rec.End, rec.LSN
 		switch {
 		case rec.IsSwitch:
 			cut(int(recordEnd(rec.LSN, uint32(len(rec.Data)))-t.tailStart), t.base)

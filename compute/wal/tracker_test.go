@@ -388,6 +388,39 @@ func TestWriter(t *testing.T) {
 	}
 }
 
+// What the agent adds behind a shutdown continues the log: the scanner checks the link to the
+// record before, also where the log ends at a page's end.
+func TestAppend(t *testing.T) {
+	for _, size := range []int{100, 7000, 30000} {
+		const start = pg.LSN(0x3000000)
+		checkpoint, end := walrec.PlaceRecord(start, walrec.BuildCheckpointRecord(start.SkipPageHeader(), 0x2000028, pg.CheckPoint{}), 42)
+		q := &queue{wait: make(chan struct{}), end: start}
+		w, err := NewWriter(q, start, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Write(start, append(bytes.Clone(checkpoint), make([]byte, pg.WALPageSize-len(checkpoint))...)); err != nil {
+			t.Fatal(err)
+		}
+		var prevs []pg.LSN
+		for range 2 {
+			err := w.Append(42, func(prev pg.LSN) []byte {
+				prevs = append(prevs, prev)
+				return walrec.Build(walrec.RmLogicalMsg, 0, 0, prev, make([]byte, size))
+			})
+			if err != nil {
+				t.Fatalf("%d bytes: %v", size, err)
+			}
+		}
+		if prevs[0] != start.SkipPageHeader() || prevs[1] != end.SkipPageHeader() {
+			t.Errorf("%d bytes: the records before begin at %v", size, prevs)
+		}
+		if w.Accepted() <= end+pg.LSN(2*size) || q.end != w.Accepted() {
+			t.Errorf("%d bytes: accepted up to %v, sent up to %v", size, w.Accepted(), q.end)
+		}
+	}
+}
+
 // BenchmarkCommits writes a page again for each small record, as single commits do.
 func BenchmarkCommits(b *testing.B) {
 	const start = pg.LSN(0x3000000)

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 // Appender takes WAL to the quorum; walclient.Appender is one.
@@ -78,6 +79,16 @@ func (w *Writer) Sync(ctx context.Context) error {
 		return err
 	}
 	return w.appender.Wait(ctx, w.Accepted())
+}
+
+// Append adds a record of the agent's own behind what Postgres wrote, which must have ended in
+// order. make gets where the record before it begins.
+func (w *Writer) Append(sysid uint64, make func(prev pg.LSN) []byte) error {
+	w.mu.Lock()
+	at, prev := w.mu.tracker.base, w.mu.tracker.last
+	w.mu.Unlock()
+	bytes, _ := walrec.PlaceRecord(at, make(prev), sysid)
+	return w.Write(at, bytes)
 }
 
 // Accepted is the end of the last complete record that was written.

@@ -5,15 +5,21 @@
 // Any user may write such messages. So the message is a sealed file, under a DEK that only
 // who holds a lease on the project can make: what does not open is somebody else's message
 // and means nothing.
+//
+// What is sealed is one Change after another:
+//
+//	1 set, 2 remove 1 | length of the path 2 | path | length of the content 4 | content
 package auxfile
 
 import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"path"
+	"strconv"
 	"strings"
 
 	"github.com/holdfastdb/holdfast/internal/seal"
@@ -22,14 +28,47 @@ import (
 // Prefix is the logical messages' prefix.
 const Prefix = "holdfast.aux"
 
-// Bounds of a file. A record takes its sealed content whole.
+// Bounds of a message. A record takes its sealed content whole.
 const (
 	maxPath    = 1024
-	MaxContent = 1 << 20
+	MaxContent = 16 << 20
 )
 
-// Carried tells whether the log carries the file: for now ALTER SYSTEM's settings.
-func Carried(name string) bool { return name == "postgresql.auto.conf" }
+// The files that the log carries, or folders of them.
+const (
+	Settings  = "postgresql.auto.conf" // ALTER SYSTEM
+	Stats     = "pg_stat/pgstat.stat"  // cumulative statistics, as of a shutdown in order
+	Slots     = "pg_replslot"
+	Snapshots = "pg_logical/snapshots" // of logical decoding
+	// Mappings are in WAL, but for their end.
+	Mappings = "pg_logical/mappings"
+
+	slotFile = "state"
+	// unfinished ends the name of a slot's folder that is being made or removed.
+	unfinished = ".tmp"
+)
+
+// Carried tells whether the log carries the file.
+func Carried(name string) bool {
+	dir, base := path.Split(name)
+	switch {
+	case name == Settings, name == Stats:
+		return true
+	case dir == Snapshots+"/":
+		return path.Ext(base) == ".snap"
+	case dir == Mappings+"/":
+		return strings.HasPrefix(base, "map-")
+	}
+	slot, found := strings.CutPrefix(strings.TrimSuffix(dir, "/"), Slots+"/")
+	return found && base == slotFile && slot != "" && !strings.Contains(slot, "/") && !strings.HasSuffix(slot, unfinished)
+}
+
+// A Change is what became of a file.
+type Change struct {
+	Path    string
+	Content []byte
+	Removed bool
+}
 
 // Marshal makes a file's value: length of the path 2 | path | content.
 func Marshal(name string, content []byte) []byte {
@@ -58,8 +97,70 @@ func CheckPath(name string) error {
 	return nil
 }
 
+// PartName names a part of a file that is kept in parts: where in the file it begins.
+func PartName(file string, offset uint64) string { return file + "@" + strconv.FormatUint(offset, 10) }
+
+// CutPart is the reverse of PartName; ok is false for a name of a whole file.
+func CutPart(name string) (file string, offset uint64, ok bool) {
+	file, digits, found := strings.Cut(name, "@")
+	offset, err := strconv.ParseUint(digits, 10, 64)
+	return file, offset, found && err == nil
+}
+
+const (
+	opSet    = 1
+	opRemove = 2
+)
+
+func marshalChanges(changes []Change) []byte {
+	var b []byte
+	for _, c := range changes {
+		op := byte(opSet)
+		if c.Removed {
+			op = opRemove
+		}
+		b = append(b, op)
+		b = binary.LittleEndian.AppendUint16(b, uint16(len(c.Path)))
+		b = append(b, c.Path...)
+		b = binary.LittleEndian.AppendUint32(b, uint32(len(c.Content)))
+		b = append(b, c.Content...)
+	}
+	return b
+}
+
+var errShort = errors.New("a message of aux files is cut off")
+
+// parseChanges reads what marshalChanges made. The contents are parts of b.
+func parseChanges(b []byte) (changes []Change, err error) {
+	for len(b) > 0 {
+		if len(b) < 3 {
+			return nil, errShort
+		}
+		op, n := b[0], int(binary.LittleEndian.Uint16(b[1:]))
+		if b = b[3:]; len(b) < n+4 {
+			return nil, errShort
+		}
+		c := Change{Path: string(b[:n]), Removed: op == opRemove}
+		size := uint64(binary.LittleEndian.Uint32(b[n:]))
+		if b = b[n+4:]; uint64(len(b)) < size {
+			return nil, errShort
+		}
+		c.Content, b = b[:size:size], b[size:]
+		switch err := CheckPath(c.Path); {
+		case err != nil:
+			return nil, err
+		case op != opSet && op != opRemove:
+			return nil, fmt.Errorf("a message of aux files has a change of kind %d", op)
+		case !Carried(c.Path):
+			return nil, fmt.Errorf("the log does not carry a file %q", c.Path)
+		}
+		changes = append(changes, c)
+	}
+	return changes, nil
+}
+
 func sealContext(project, branch string) seal.Context {
-	return seal.Context{Purpose: seal.PurposeSecret, Project: project, Branch: branch, Object: "aux file"}
+	return seal.Context{Purpose: seal.PurposeSecret, Project: project, Branch: branch, Object: "aux files"}
 }
 
 // Generator makes DEKs; keyring.Ring is one.
@@ -68,9 +169,11 @@ type Generator interface {
 }
 
 // Seal makes a message's content.
-func Seal(ctx context.Context, keys Generator, project, branch, name string, content []byte) ([]byte, error) {
-	if len(content) > MaxContent {
-		return nil, fmt.Errorf("file %s has %d bytes; the most that the log carries is %d", name, len(content), MaxContent)
+func Seal(ctx context.Context, keys Generator, project, branch string, changes []Change) ([]byte, error) {
+	plain := marshalChanges(changes)
+	defer clear(plain)
+	if len(plain) > MaxContent {
+		return nil, fmt.Errorf("file %s has %d bytes; the most that the log carries at once is %d", changes[len(changes)-1].Path, len(plain), MaxContent)
 	}
 	sc := sealContext(project, branch)
 	key, wrapped, err := keys.Generate(ctx, sc)
@@ -83,7 +186,7 @@ func Seal(ctx context.Context, keys Generator, project, branch, name string, con
 	if err != nil {
 		return nil, err
 	}
-	if _, err := w.Write(Marshal(name, content)); err != nil {
+	if _, err := w.Write(plain); err != nil {
 		return nil, err
 	}
 	if _, err := w.Finish(); err != nil {
@@ -92,21 +195,17 @@ func Seal(ctx context.Context, keys Generator, project, branch, name string, con
 	return sealed.Bytes(), nil
 }
 
-// Open gives the value in a message.
-func Open(ctx context.Context, open seal.OpenFunc, project, branch string, message []byte) ([]byte, error) {
+// Open gives what a message says.
+func Open(ctx context.Context, open seal.OpenFunc, project, branch string, message []byte) ([]Change, error) {
 	r, err := seal.NewReader(ctx, bytes.NewReader(message), int64(len(message)), sealContext(project, branch), open)
 	if err != nil {
 		return nil, err
 	}
-	value := make([]byte, r.Size())
-	if _, err := r.ReadAt(value, 0); err != nil && err != io.EOF {
+	plain := make([]byte, r.Size())
+	if _, err := r.ReadAt(plain, 0); err != nil && err != io.EOF {
 		return nil, err
 	}
-	name, _, err := Parse(value)
-	if err == nil && !Carried(name) {
-		err = fmt.Errorf("the log does not carry a file %q", name)
-	}
-	return value, err
+	return parseChanges(plain)
 }
 
 // Layout of xl_logical_message (message.h).
@@ -129,4 +228,14 @@ func Message(data []byte) (sealed []byte, ok bool) {
 		return nil, false
 	}
 	return text[len(want):], true
+}
+
+// Record is the data of a logical message that no Postgres writes: of no database and no
+// transaction, so that nobody who decodes the log is shown it.
+func Record(sealed []byte) []byte {
+	const prefix = Prefix + "\x00"
+	b := make([]byte, atText, atText+len(prefix)+len(sealed))
+	binary.LittleEndian.PutUint64(b[atPrefixSize:], uint64(len(prefix)))
+	binary.LittleEndian.PutUint64(b[atMessageSize:], uint64(len(sealed)))
+	return append(append(b, prefix...), sealed...)
 }

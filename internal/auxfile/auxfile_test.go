@@ -1,9 +1,12 @@
 package auxfile
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/holdfastdb/holdfast/internal/keyring/keyringtest"
 )
@@ -18,38 +21,72 @@ func message(prefix string, content []byte) []byte {
 func TestRoundTrip(t *testing.T) {
 	ctx := context.Background()
 	ring := keyringtest.New()
-	sealed, err := Seal(ctx, ring, "p", "b", "postgresql.auto.conf", []byte("work_mem = '5MB'\n"))
+	want := []Change{{Path: Settings, Content: []byte("work_mem = '5MB'\n")}, {Path: "pg_logical/snapshots/0-15D1B28.snap", Content: []byte{}, Removed: true},
+		{Path: "pg_replslot/s/state", Content: bytes.Repeat([]byte{7}, 200)}}
+	sealed, err := Seal(ctx, ring, "p", "b", want)
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, ok := Message(message(Prefix, sealed))
-	if !ok {
-		t.Fatal("the message was not recognized")
+	for name, data := range map[string][]byte{"Postgres's": message(Prefix, sealed), "ours": Record(sealed)} {
+		got, ok := Message(data)
+		if !ok {
+			t.Fatalf("%s message was not recognized", name)
+		}
+		changes, err := Open(ctx, ring.Open, "p", "b", got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, changes); diff != "" {
+			t.Errorf("%s message (-want +got):\n%s", name, diff)
+		}
 	}
-	value, err := Open(ctx, ring.Open, "p", "b", got)
-	if err != nil {
-		t.Fatal(err)
-	}
-	name, content, err := Parse(value)
-	if err != nil || name != "postgresql.auto.conf" || string(content) != "work_mem = '5MB'\n" {
-		t.Fatalf("%q, %q, %v", name, content, err)
-	}
-	if _, err := Open(ctx, ring.Open, "p", "other", got); err == nil {
+	if _, err := Open(ctx, ring.Open, "p", "other", sealed); err == nil {
 		t.Error("it opened for another branch")
 	}
-	for i := range got { // whoever forges cannot seal
-		forged := append([]byte(nil), got...)
+	for i := range sealed { // whoever forges cannot seal
+		forged := append([]byte(nil), sealed...)
 		forged[i] ^= 1
 		if _, err := Open(ctx, ring.Open, "p", "b", forged); err == nil {
 			t.Fatalf("it opened with byte %d changed", i)
 		}
 	}
-	other, err := Seal(ctx, ring, "p", "b", "pg_hba.conf", nil)
+	other, err := Seal(ctx, ring, "p", "b", []Change{{Path: "pg_hba.conf"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(ctx, ring.Open, "p", "b", other); err == nil {
 		t.Error("a file that the log does not carry was accepted")
+	}
+}
+
+func TestChangesThatAreCut(t *testing.T) {
+	whole := marshalChanges([]Change{{Path: Settings, Content: []byte("abc")}, {Path: Stats, Content: []byte("defg")}})
+	first := len(marshalChanges([]Change{{Path: Settings, Content: []byte("abc")}}))
+	for n := range whole {
+		if _, err := parseChanges(whole[:n]); (err == nil) != (n == 0 || n == first) {
+			t.Errorf("cut to %d of %d bytes: %v", n, len(whole), err)
+		}
+	}
+	for _, kind := range []byte{0, 3} {
+		whole[0] = kind
+		if _, err := parseChanges(whole); err == nil {
+			t.Errorf("a change of kind %d was accepted", kind)
+		}
+	}
+}
+
+func TestCarried(t *testing.T) {
+	for name, want := range map[string]bool{
+		"postgresql.auto.conf": true, "postgresql.auto.conf.tmp": false, "postgresql.conf": false,
+		"pg_stat/pgstat.stat": true, "pg_stat/pgstat.tmp": false,
+		"pg_replslot/s/state": true, "pg_replslot/s/state.tmp": false, "pg_replslot/s.tmp/state": false, "pg_replslot/state": false,
+		"pg_replslot//state": false, "pg_replslot/a/b/state": false,
+		"pg_logical/snapshots/0-15D1B28.snap": true, "pg_logical/snapshots/0-15D1B28.snap.77.tmp": false,
+		"pg_logical/mappings/map-4-4eb-0_15D1B28-2f1-2f2": true, "pg_logical/replorigin_checkpoint": false,
+	} {
+		if got := Carried(name); got != want {
+			t.Errorf("Carried(%q) = %v, want %v", name, got, want)
+		}
 	}
 }
 

@@ -49,7 +49,7 @@ func (c *Client) Follow(ctx context.Context, from pg.LSN, fn func(chunks []*pb.S
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case rpc.Reason(err) == pb.ErrorDetail_TRUNCATED:
-			return fmt.Errorf("branch %s/%s: %w: %v", c.project, c.branch, ErrTruncated, err)
+			return fmt.Errorf("branch %s/%s: %w: %w", c.project, c.branch, ErrTruncated, err)
 		case status.Code(err) == codes.InvalidArgument, notFound >= maxNotFound, errors.Is(err, ErrClosed):
 			return fmt.Errorf("reading WAL of branch %s/%s from %s: %w", c.project, c.branch, f.at, err)
 		}
@@ -61,6 +61,31 @@ func (c *Client) Follow(ctx context.Context, from pg.LSN, fn func(chunks []*pb.S
 		}
 	}
 }
+
+// errReached ends a Follow that has an end.
+var errReached = errors.New("reached")
+
+// Read calls fn with the chunks that hold the committed WAL from from to until.
+func (c *Client) Read(ctx context.Context, from, until pg.LSN, fn func(*pb.SealedWAL) error) error {
+	err := c.Follow(ctx, from, func(chunks []*pb.SealedWAL, _ pg.LSN) error {
+		for _, ch := range chunks {
+			if err := fn(ch); err != nil {
+				return err
+			}
+			if pg.LSN(ch.GetEndLsn()) >= until {
+				return errReached
+			}
+		}
+		return nil
+	})
+	if err == errReached {
+		return nil
+	}
+	return err
+}
+
+// TruncatedAt is where the log begins by what an ErrTruncated says.
+func TruncatedAt(err error) pg.LSN { return pg.LSN(rpc.Detail(err).GetBeginLsn()) }
 
 type follower struct {
 	c         *Client

@@ -2,6 +2,9 @@ package walrec
 
 import "github.com/holdfastdb/holdfast/internal/pg"
 
+// RmLogicalMsg is the resource manager of logical messages (rmgrlist.h).
+const RmLogicalMsg = 21
+
 // Build makes a record that has main data only, CRC included. Data of more than 255 bytes
 // gets the long form of header.
 func Build(rmid, info uint8, xid pg.TransactionID, prev pg.LSN, data []byte) []byte {

@@ -64,6 +64,10 @@ func (c *Core) block(b *walrec.Block) error {
 // heap also files what heap records change without naming it: bits of the visibility map,
 // and that the free space map is to follow the block.
 func (c *Core) heap() error {
+	const opMask, rewrite = 0x70, 0x00 // of rmHeap2: XLOG_HEAP2_REWRITE
+	if c.rec.RmID == rmHeap2 && c.rec.Info&opMask == rewrite {
+		return c.rewrite()
+	}
 	if err := c.blocks(); err != nil {
 		return err
 	}

@@ -67,9 +67,9 @@ const (
 
 // Core files records. It is not safe for concurrent use.
 type Core struct {
-	// Aux opens the message of an aux file (internal/auxfile) and gives the file's value; nil
-	// if it is none of ours. Nil: such messages mean nothing.
-	Aux func(ctx context.Context, sealed []byte) ([]byte, error)
+	// Aux opens a message about aux files (internal/auxfile) and gives what it says; nothing if
+	// it is none of ours. Nil: such messages mean nothing.
+	Aux func(ctx context.Context, sealed []byte) ([]auxfile.Change, error)
 
 	look  Lookup
 	state State
@@ -171,24 +171,6 @@ func (c *Core) apply() error {
 		return c.heap()
 	}
 	return c.blocks()
-}
-
-// message files what a logical message carries: nothing, but for ours.
-func (c *Core) message() error {
-	sealed, ok := auxfile.Message(c.rec.MainData)
-	if !ok || c.Aux == nil {
-		return nil
-	}
-	value, err := c.Aux(c.ctx, sealed)
-	if err != nil || value == nil {
-		return err
-	}
-	name, _, err := auxfile.Parse(value)
-	if err != nil {
-		return err
-	}
-	c.put(keyspace.AuxFile(name), timeline.Image, value)
-	return nil
 }
 
 // Take returns the entries since the last Take, with the state as of upTo, the end of the

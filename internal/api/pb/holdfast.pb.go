@@ -3522,8 +3522,10 @@ func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
 }
 
 type EndpointRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// StartEndpoint only: settings of ALTER SYSTEM that are taken back first; "all" is every one.
+	ResetSettings []string `protobuf:"bytes,2,rep,name=reset_settings,json=resetSettings,proto3" json:"reset_settings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3563,6 +3565,13 @@ func (x *EndpointRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *EndpointRequest) GetResetSettings() []string {
+	if x != nil {
+		return x.ResetSettings
+	}
+	return nil
 }
 
 type Endpoint struct {
@@ -3927,9 +3936,10 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x06status\x18\x02 \x01(\v2\x1e.holdfast.v1.KeyStatusResponseR\x06status\"\x16\n" +
 	"\x14ListEndpointsRequest\"L\n" +
 	"\x15ListEndpointsResponse\x123\n" +
-	"\tendpoints\x18\x01 \x03(\v2\x15.holdfast.v1.EndpointR\tendpoints\"%\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x15.holdfast.v1.EndpointR\tendpoints\"L\n" +
 	"\x0fEndpointRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xb6\x01\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12%\n" +
+	"\x0ereset_settings\x18\x02 \x03(\tR\rresetSettings\"\xb6\x01\n" +
 	"\bEndpoint\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aproject\x18\x02 \x01(\tR\aproject\x12\x16\n" +
