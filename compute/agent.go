@@ -283,7 +283,6 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.writer = w
 	remote := a.pages.At(a.epoch.End, a.epoch.Number)
 	cfg := pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: remote, WAL: w, Aux: a.aux.keep, Fail: a.storeFailed, StartLSN: a.epoch.End,
 		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log}

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
+	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 // archive is a folder of WAL segment files, of which each but the last is whole. It follows the
@@ -31,8 +32,14 @@ type archive struct {
 		sync.Mutex
 		end   pg.LSN        // the WAL up to here is in the files
 		grown chan struct{} // closed when end moves
+		// shutdown is the last record of a shutdown's checkpoint. Nothing follows it but messages of
+		// the agent, or last is not such a place.
+		shutdown pg.LSN
+		changed  bool // other records follow
 	}
-	plain []byte // the follower's
+	// The follower's.
+	plain   []byte
+	scanner *walrec.Scanner
 }
 
 // newArchive begins with what a start's plan shows of pg_wal before its first byte of WAL.
@@ -145,12 +152,55 @@ func (a *archive) take(ctx context.Context, c *pb.SealedWAL) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.scanLocked(begin, end); err != nil {
+		return err
+	}
 	if end > a.mu.end {
 		a.mu.end = end
 		close(a.mu.grown)
 		a.mu.grown = make(chan struct{})
 	}
 	return nil
+}
+
+// scanLocked notes what the records of a chunk are, of which the files may have a part already.
+func (a *archive) scanLocked(begin, end pg.LSN) error {
+	if a.scanner == nil {
+		a.scanner = walrec.NewScanner(a.mu.end)
+	}
+	if end <= a.mu.end {
+		return nil
+	}
+	a.scanner.Feed(a.plain[a.mu.end-begin:])
+	for {
+		r, ok, err := a.scanner.Next()
+		if err != nil || !ok {
+			return err
+		}
+		rec, err := walrec.Parse(r.Data, r.LSN, r.End)
+		if err != nil {
+			return err
+		}
+		switch walrec.Name(rec.RmID, rec.Info) {
+		case "XLOG/CHECKPOINT_SHUTDOWN":
+			a.mu.shutdown, a.mu.changed = r.LSN, false
+		case "LogicalMessage":
+		default:
+			a.mu.changed = true
+		}
+	}
+}
+
+// shutdownBefore is the checkpoint record of a shutdown with which the log, which nobody
+// writes to, ends at end.
+func (a *archive) shutdownBefore(end pg.LSN) (pg.LSN, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.mu.end != end || a.mu.shutdown == 0 || a.mu.changed {
+		return 0, fmt.Errorf("the WAL, which is here up to %v, does not end with a shutdown at %v: the last one is at %v, with changes after it: %v",
+			a.mu.end, end, a.mu.shutdown, a.mu.changed)
+	}
+	return a.mu.shutdown, nil
 }
 
 // copyWithStart makes an archive that ends with the record of a start: the WAL after it is not

@@ -132,14 +132,14 @@ func (w *Witness) plan(ctx context.Context, lsn pg.LSN) (*boot.Plan, error) {
 // AtShutdown lets the server recover the WAL up to end, where the endpoint was shut down in
 // order, and compares. end must not be before that of an earlier call.
 func (w *Witness) AtShutdown(ctx context.Context, end pg.LSN) (*Result, error) {
-	state, err := w.client.StartupState(ctx, &pb.StartupStateRequest{At: w.at(end)})
-	if err != nil {
-		return nil, err
-	}
 	if err := w.wal.wait(ctx, end); err != nil {
 		return nil, err
 	}
-	return w.recoverAndCompare(ctx, w.server, w.wal.dir, pg.LSN(state.PrevRecordLsn), end)
+	shutdown, err := w.wal.shutdownBefore(end)
+	if err != nil {
+		return nil, err
+	}
+	return w.recoverAndCompare(ctx, w.server, w.wal.dir, shutdown, end)
 }
 
 // AtStart lets a copy of the server recover the WAL up to lsn, at which an endpoint could
