@@ -149,6 +149,9 @@ func runSuites(ctx context.Context, o options, src *source, suites []suite, c *c
 			r := src.run(ctx, c.Target(), q, filepath.Join(out, strings.ReplaceAll(q.name, "/", "-")))
 			passed += r.passed
 			fmt.Printf("%-28s %3d passed, %d failed in %.0fs %s\n", q.name, r.passed, len(r.failed), r.took.Seconds(), strings.Join(r.failed, " "))
+			for _, name := range r.expected {
+				fmt.Printf("    differs, as is inherent: %s: %s\n", name, inherent[q.name+"/"+name])
+			}
 			switch {
 			case r.err != nil:
 				failed = append(failed, fmt.Sprintf("%s: %v", q.name, r.err))
