@@ -42,7 +42,8 @@ var excluded = map[string]string{
 
 // inherent are the tests that fail on any endpoint, and why. One that passes is reported, too.
 var inherent = map[string]string{
-	"citext/create_index_acl": "makes an in-place tablespace, which endpoints refuse as they do any other",
+	"regress/tablespace":      "is about tablespaces, which endpoints refuse, in-place ones too: nothing of them would be in the pageserver",
+	"citext/create_index_acl": "makes an in-place tablespace",
 }
 
 // settings are what the suites expect of a server, where it differs from an endpoint's.
