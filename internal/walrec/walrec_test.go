@@ -345,6 +345,12 @@ func TestName(t *testing.T) {
 		if have := Name(c.rmid, c.info); have != c.want {
 			t.Errorf("%d/%#x: %s, want %s", c.rmid, c.info, have, c.want)
 		}
+		if have, want := Known(c.rmid, c.info), !strings.Contains(c.want, "/0x"); have != want {
+			t.Errorf("%s is known: %v", c.want, have)
+		}
+		if have := IsExtension(c.rmid); have != (c.rmid == 200) {
+			t.Errorf("%s is an extension's: %v", c.want, have)
+		}
 	}
 }
 
