@@ -23,6 +23,7 @@ func TestEdges(t *testing.T) {
 	}{{"pglz", 0x04}, {"lz4", 0x08}, {"zstd", 0x10}} {
 		t.Run("images "+method.name, func(t *testing.T) { pageImages(t, cluster, method.name, method.flag) })
 	}
+	t.Run("positions", func(t *testing.T) { recordPositions(t, cluster) })
 	aged := copyOf(t, cluster, "aged")
 	aged.configure(map[string]string{"autovacuum_freeze_max_age": "2000000000", "autovacuum_multixact_freeze_max_age": "2000000000"})
 	age(t, aged, 3, 1_000_000_000)
@@ -101,9 +102,10 @@ func subtransactions(c *session, n int) {
 // hugeTransactions ends transactions that drop very many tables: in a commit, an abort, and
 // prepared ones.
 func hugeTransactions(t *testing.T, cluster *server) {
-	tables := 1_500
+	const tables = 10_000
+	prepared := tables / 10
 	if os.Getenv("HOLDFAST_SOAK") != "" {
-		tables = 10_000 // creating so many takes minutes
+		prepared = tables
 	}
 	many := func(do string, n int) string {
 		return fmt.Sprintf("DO $$ BEGIN FOR i IN 1..%d LOOP EXECUTE '%s m' || i || '%s'; END LOOP; END $$",
@@ -116,17 +118,17 @@ func hugeTransactions(t *testing.T, cluster *server) {
 		work: func(s *server, c *session) {
 			c.exec(
 				many("CREATE TABLE", tables), "BEGIN", many("DROP TABLE", tables), "COMMIT",
-				"BEGIN", many("CREATE TABLE", tables), "PREPARE TRANSACTION 'huge'", "ROLLBACK PREPARED 'huge'",
-				many("CREATE TABLE", tables/10), "BEGIN", many("DROP TABLE", tables/10), "PREPARE TRANSACTION 'drop'", "COMMIT PREPARED 'drop'",
-				"BEGIN", many("CREATE TABLE", tables/10), "ROLLBACK")
+				"BEGIN", many("CREATE TABLE", prepared), "PREPARE TRANSACTION 'huge'", "ROLLBACK PREPARED 'huge'",
+				many("CREATE TABLE", prepared), "BEGIN", many("DROP TABLE", prepared), "PREPARE TRANSACTION 'drop'", "COMMIT PREPARED 'drop'",
+				"BEGIN", many("CREATE TABLE", prepared), "ROLLBACK")
 		},
 		seen: func(rec *walrec.Record) {
 			name := walrec.Name(rec.RmID, rec.Info)
 			longest[name] = max(longest[name], len(rec.Raw))
 		},
 	}.run(t)
-	for name, n := range map[string]int{"Transaction/COMMIT": tables, "Transaction/PREPARE": tables, "Transaction/ABORT_PREPARED": tables,
-		"Transaction/COMMIT_PREPARED": tables / 10, "Transaction/ABORT": tables / 10} {
+	for name, n := range map[string]int{"Transaction/COMMIT": tables, "Transaction/PREPARE": prepared, "Transaction/ABORT_PREPARED": prepared,
+		"Transaction/COMMIT_PREPARED": prepared, "Transaction/ABORT": prepared} {
 		if longest[name] < n*12 {
 			t.Errorf("the longest %s record has %d bytes: it cannot drop %d tables", name, longest[name], n)
 		}
