@@ -50,7 +50,7 @@ func wrapAround(t *testing.T, from *server, epoch, oldest uint32, at uint64, tra
 		from:     from,
 		settings: map[string]string{"track_commit_timestamp": "on", "autovacuum": "off", "wal_consistency_checking": ""},
 		prepare: func(s *server) {
-			setCounters(t, s, epoch, oldest, uint32(at-uint64(transactions)*50), uint32(at-100), uint32(at-250))
+			setCounters(t, s, epoch, oldest, uint32(at-uint64(transactions)*50), uint32(at-100), uint32(at-333)) // one multixact has members on both sides
 		},
 		work: func(s *server, c *session) {
 			rowLocks(s, c)
