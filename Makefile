@@ -3,12 +3,13 @@
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 export GOFLAGS ?= -trimpath
+FUZZTIME ?= 20s
 
 # Tests that run whole clusters, one after another: they share the machine.
 E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive
 UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive)$$')
 
-.PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test setup-suites test-postgres
+.PHONY: run test build lint fmt vet staticcheck vuln unit e2e fuzz soak bench clean setup-run setup-test setup-suites test-postgres
 
 run: setup-run build ## a cluster over ./data, then psql in it
 	@scripts/run.sh $(ARGS)
@@ -39,7 +40,13 @@ unit: ## tests of one package each, under the race detector
 e2e: build ## tests of whole clusters with real PostgreSQL
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/runtests e2e -count=1 -p 1 -timeout 40m $(E2E)
 
-soak: build ## kills without end: HOLDFAST_SOAK=8h (default: until stopped), HOLDFAST_SEED=n
+fuzz: ## the WAL decoder and redo on damaged records, FUZZTIME each
+	@for f in ./internal/walrec:FuzzScanner ./internal/walrec:FuzzParse ./pageserver/redo:FuzzApply; do \
+		go test $${f%:*} -run '^$$' -fuzz "^$${f#*:}\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x || exit 1; done
+
+soak: build ## fuzzing for HOLDFAST_FUZZ each (20m), then kills without end: HOLDFAST_SOAK=8h (default: until stopped), HOLDFAST_SEED=n
+	@$(MAKE) --no-print-directory fuzz FUZZTIME=$${HOLDFAST_FUZZ:-20m}
+	@HOLDFAST_SOAK=1 go test ./test/oracle -run '^TestEdges$$' -count=1 -timeout 1h
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_SOAK=$${HOLDFAST_SOAK:-forever} \
 		go test ./test/torture -run '^TestTorture$$' -count=1 -v -timeout 0
 

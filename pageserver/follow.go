@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob"
@@ -84,7 +85,8 @@ type follower struct {
 	scanner *walrec.Scanner
 	rec     walrec.Record
 	plain   []byte
-	refused int
+	refused []pg.Oid // tablespaces, and
+	foreign int      // how many resource managers' records, that the log tells of
 	// auxRefused tells that a message of somebody else's was seen.
 	auxRefused bool
 }
@@ -229,9 +231,20 @@ func (f *follower) put(upTo pg.LSN) error {
 	if err := f.tl.Put(f.ctx, f.core.Take(upTo), upTo); err != nil {
 		return err
 	}
-	if list := f.core.Refused(); len(list) > f.refused {
-		f.refused = len(list)
-		f.b.log.Error("a tablespace was created outside the data directory: what is in it cannot be read", "tablespaces", list)
-	}
+	f.tell()
 	return f.b.verify.check(f.ctx, f.tl)
+}
+
+// tell logs what was ingested and will be missed.
+func (f *follower) tell() {
+	refused := f.core.Refused()
+	if slices.ContainsFunc(refused, func(oid pg.Oid) bool { return !slices.Contains(f.refused, oid) }) {
+		f.b.log.Error("a tablespace was created outside the data directory: what is in it cannot be read", "tablespaces", refused)
+	}
+	f.refused = refused
+	if foreign := f.core.Foreign(); len(foreign) > f.foreign {
+		f.foreign = len(foreign)
+		f.b.log.Error("an extension's own WAL records name no page: what else they changed is not kept, and is missing after the endpoint's next start",
+			"resource managers", foreign)
+	}
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // RelPath is the path of a file of a relation's fork, relative to the data directory:
-// "base/5/1259_vm.1". Only the two built-in tablespaces have such paths.
+// "base/5/1259_vm.1".
 func RelPath(tag RelTag, segment int) string {
 	dir := DatabasePath(tag.Tablespace, tag.Database)
 	name := strconv.FormatUint(uint64(tag.Relation), 10)
@@ -21,17 +21,20 @@ func RelPath(tag RelTag, segment int) string {
 	return dir + "/" + name
 }
 
-// DatabasePath is a database's folder, relative to the data directory; "global" for the
-// shared relations.
+// DatabasePath is a database's folder in a tablespace, relative to the data directory;
+// "global" for the shared relations.
 func DatabasePath(tablespace, database Oid) string {
-	if tablespace == GlobalTablespaceOid {
+	switch tablespace {
+	case GlobalTablespaceOid:
 		return "global"
+	case DefaultTablespaceOid:
+		return "base/" + strconv.FormatUint(uint64(database), 10)
 	}
-	return "base/" + strconv.FormatUint(uint64(database), 10)
+	return fmt.Sprintf("pg_tblspc/%d/PG_15_%d/%d", tablespace, CatalogVersion, database) // TABLESPACE_VERSION_DIRECTORY
 }
 
-// ParseRelPath is the reverse of RelPath. ok is false for all else: other files,
-// temporary relations, names that PostgreSQL would write differently.
+// ParseRelPath is the reverse of RelPath for the two built-in tablespaces. ok is false for all
+// else: other files, temporary relations, names that PostgreSQL would write differently.
 func ParseRelPath(p string) (tag RelTag, segment int, ok bool) {
 	dir, name := path.Split(p)
 	switch {

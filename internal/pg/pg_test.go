@@ -104,6 +104,10 @@ func TestRelPath(t *testing.T) {
 			t.Errorf("%v segment %d: %s, want %s", c.tag, c.segment, p, c.path)
 		}
 	}
+	elsewhere := RelTag{RelFileNode{16384, 5, 1259}, VMFork}
+	if have, want := RelPath(elsewhere, 1), "pg_tblspc/16384/PG_15_202209061/5/1259_vm.1"; have != want {
+		t.Errorf("in a tablespace: %s, want %s", have, want)
+	}
 	for _, p := range []string{
 		"", "base/5", "base/5/", "base/5/PG_VERSION", "base/5/pg_filenode.map", "base/5/t3_16384", "base/05/1259", "base/5/01259",
 		"base/5/1259_", "base/5/1259_main", "base/5/1259_vm.", "base/5/1259.0", "base/5/1259.01", "base/5/1259.x", "base/5/-1", "base/5/+1",

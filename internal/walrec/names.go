@@ -173,27 +173,44 @@ var names = [...]struct {
 	{manager: "LogicalMessage"},
 }
 
-// xactKinds is the part of a transaction record's info that tells its kind
-// (XLOG_XACT_OPMASK).
 const (
 	rmXact    = 1
-	xactKinds = 0x70
+	xactKinds = 0x70 // the part of a transaction record's info that tells its kind (XLOG_XACT_OPMASK)
+	rmGeneric = 20   // it and the next one, logical messages, have no kinds
 )
 
 // Name is a record's kind for people: "Heap/INSERT".
 func Name(rmid, info uint8) string {
-	if int(rmid) >= len(names) {
+	manager, kind, known := lookUp(rmid, info)
+	switch {
+	case manager == "":
 		return fmt.Sprintf("rmgr %d/%#02x", rmid, info&infoMask)
+	case !known:
+		return fmt.Sprintf("%s/%#02x", manager, info&infoMask)
+	case kind == "":
+		return manager
+	}
+	return manager + "/" + kind
+}
+
+// Known tells whether PostgreSQL 15 itself has such records: not those of an extension's
+// resource manager, nor what a later version may have added.
+func Known(rmid, info uint8) bool {
+	_, _, known := lookUp(rmid, info)
+	return known
+}
+
+// IsExtension tells an extension's resource manager.
+func IsExtension(rmid uint8) bool { return rmid >= minCustom }
+
+func lookUp(rmid, info uint8) (manager, kind string, known bool) {
+	if int(rmid) >= len(names) {
+		return "", "", false
 	}
 	if rmid == rmXact {
 		info &= xactKinds
 	}
 	m := &names[rmid]
-	switch kind := m.kinds[info>>4]; {
-	case kind != "":
-		return m.manager + "/" + kind
-	case m.kinds == [16]string{}:
-		return m.manager
-	}
-	return fmt.Sprintf("%s/%#02x", m.manager, info&infoMask)
+	kind = m.kinds[info>>4]
+	return m.manager, kind, kind != "" || rmid >= rmGeneric
 }

@@ -157,12 +157,15 @@ func someRecord(size int, prev pg.LSN) []byte {
 	return Build(21, 0, 99, prev, data)
 }
 
-// TestPlaceRecord lays records from every place before and after page and segment
-// boundaries and reads them again, in pieces.
+// TestPlaceRecord lays records from every place of the page before page and segment
+// boundaries, and from places after them, and reads them again, in pieces.
 func TestPlaceRecord(t *testing.T) {
 	const sysid = 4242
 	for _, boundary := range []pg.LSN{0x3002000, 0x4000000} {
-		for at := boundary - 80; at <= boundary+80; at += 8 {
+		for at := boundary - pg.WALPageSize; at <= boundary+80; at += 8 {
+			if in := boundary - at; in > pg.WALPageSize-pg.LSN(pg.WALPageHeaderSize(boundary-pg.WALPageSize)) && in != pg.WALPageSize {
+				continue // in the page's header
+			}
 			if off := int(at - boundary); off > 0 && off < pg.WALPageHeaderSize(boundary) {
 				continue
 			}
@@ -344,6 +347,12 @@ func TestName(t *testing.T) {
 	} {
 		if have := Name(c.rmid, c.info); have != c.want {
 			t.Errorf("%d/%#x: %s, want %s", c.rmid, c.info, have, c.want)
+		}
+		if have, want := Known(c.rmid, c.info), !strings.Contains(c.want, "/0x"); have != want {
+			t.Errorf("%s is known: %v", c.want, have)
+		}
+		if have := IsExtension(c.rmid); have != (c.rmid == 200) {
+			t.Errorf("%s is an extension's: %v", c.want, have)
 		}
 	}
 }

@@ -25,10 +25,12 @@ func (c *Core) blocks() error {
 			return fmt.Errorf("block reference %d is to no valid block of %v", b.ID, b.Rel)
 		}
 		if c.rec.RmID == rmXLOG && !b.ApplyImage {
-			if c.rec.Info&infoMask == xlogFPIForHint {
+			switch c.rec.Info & infoMask {
+			case xlogFPIForHint:
 				continue // written without an image when full_page_writes is off: changes nothing
+			case xlogFPI:
+				return errors.New("no page image")
 			}
-			return errors.New("no page image")
 		}
 		if err := c.extend(b.Rel, b.Block, b.ApplyImage || b.WillInit); err != nil {
 			return err

@@ -146,13 +146,22 @@ func (c *Core) copyFork(dst folder, from pg.RelTag) error {
 // tablespace refuses tablespaces outside the data directory: what is in one cannot be
 // served, and is refused when it is read. The rest of the branch goes on.
 func (c *Core) tablespace() error {
-	if oid := c.main().oid(); c.rec.Info&infoMask == 0 {
+	const create = 0x00
+	f := c.main()
+	oid := f.oid()
+	if f.bad {
+		return errShort
+	}
+	if c.rec.Info&infoMask == create {
 		c.refused[oid] = struct{}{}
+	} else {
+		delete(c.refused, oid)
 	}
 	return nil
 }
 
-// Refused lists the tablespaces whose creation was seen since the Core was made.
+// Refused lists the tablespaces whose creation was seen since the Core was made, and not yet
+// that they were dropped.
 func (c *Core) Refused() []pg.Oid {
 	var list []pg.Oid
 	for oid := range c.refused {

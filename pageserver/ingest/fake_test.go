@@ -112,6 +112,10 @@ func (b *bench) try(rmid, info uint8, xid pg.TransactionID, data []byte, blocks 
 	} else {
 		rec.Raw = make([]byte, 64)
 	}
+	return b.ingest(rec)
+}
+
+func (b *bench) ingest(rec *walrec.Record) error {
 	if err := b.core.Apply(b.t.Context(), rec); err != nil {
 		return err
 	}

@@ -22,6 +22,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -90,14 +92,15 @@ type Core struct {
 	rec    *walrec.Record
 	change []byte // the record as a change, made when it is first needed
 
-	refused map[pg.Oid]struct{}
+	refused map[pg.Oid]struct{} // tablespaces
+	foreign map[uint8]struct{}  // resource managers
 }
 
 // New makes a Core that goes on from a stored state, which holds at lsn.
 func New(look Lookup, state State, lsn pg.LSN) *Core {
 	state.Origins = cloneOrigins(state.Origins)
 	return &Core{look: look, state: state, last: lsn, sizes: make(map[pg.RelTag]relation),
-		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{})}
+		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{}), foreign: make(map[uint8]struct{})}
 }
 
 // State is the branch's state after the last record. Its maps are the Core's.
@@ -146,6 +149,9 @@ func (c *Core) Apply(ctx context.Context, rec *walrec.Record) error {
 }
 
 func (c *Core) apply() error {
+	if !walrec.Known(c.rec.RmID, c.rec.Info) {
+		return c.unknown()
+	}
 	switch c.rec.RmID {
 	case rmXLOG:
 		return c.xlog()
@@ -172,6 +178,27 @@ func (c *Core) apply() error {
 	}
 	return c.blocks()
 }
+
+// unknown files a record that PostgreSQL 15 itself does not make. The pages that it names fail
+// when they are read, until a record makes them anew (package redo); all others go on. One that
+// names no page may have changed whatever its manager looks after. With an extension's manager
+// those are the extension's own affairs: it is noted (Foreign), and the branch goes on. With one
+// of PostgreSQL's it may be sizes or the status of transactions, and no read would fail for it:
+// the branch stops.
+func (c *Core) unknown() error {
+	switch {
+	case len(c.rec.Blocks) > 0:
+		return c.blocks()
+	case walrec.IsExtension(c.rec.RmID):
+		c.foreign[c.rec.RmID] = struct{}{}
+		return nil
+	}
+	return errors.New("PostgreSQL 15 has no such record, and it names no page that could be given up instead of the branch")
+}
+
+// Foreign lists the extensions' resource managers of which a record that names no page was seen
+// since the Core was made.
+func (c *Core) Foreign() []uint8 { return slices.Sorted(maps.Keys(c.foreign)) }
 
 // Take returns the entries since the last Take, with the state as of upTo, the end of the
 // last record or of the WAL that was read. They and upTo are to be stored together.

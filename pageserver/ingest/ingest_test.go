@@ -103,6 +103,9 @@ func TestCheckpoints(t *testing.T) {
 	if b.try(rmXLOG, xlogCheckpointOnline, 0, older.Marshal()) == nil {
 		t.Error("a checkpoint of another PostgreSQL timeline is taken")
 	}
+	if b.try(rmXLOG, xlogEndOfRecovery, 0, words(0, 0, 2, 1)) == nil {
+		t.Error("a promotion to another PostgreSQL timeline is taken")
+	}
 }
 
 func TestCommitTimestampsFollowTheParameter(t *testing.T) {

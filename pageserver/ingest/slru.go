@@ -35,9 +35,7 @@ func (c *Core) slruRecord() error {
 	case c.rec.RmID == rmCLOG && kind == slruZeroPage:
 		return c.zeroPage(pg.CLog)
 	case c.rec.RmID == rmCLOG && kind == slruTruncate:
-		f := c.main()
-		page := f.u32()
-		return c.slruCutoff(pg.CLog, page, clogPerPage, 3+1, xidOrder, f.err())
+		return c.truncateCLog()
 	case c.rec.RmID == rmCommitTS && kind == slruZeroPage:
 		return c.zeroPage(pg.CommitTS)
 	case c.rec.RmID == rmCommitTS && kind == slruTruncate:
@@ -54,11 +52,22 @@ func (c *Core) slruRecord() error {
 	return fmt.Errorf("unknown kind %#02x", kind)
 }
 
+// lastPages has the page of each area's largest number.
+var lastPages = map[pg.SLRUKind]uint32{
+	pg.CLog:             0xFFFFFFFF / clogPerPage,
+	pg.MultiXactOffsets: 0xFFFFFFFF / offsetsPerPage,
+	pg.MultiXactMembers: 0xFFFFFFFF / membersPerPage,
+	pg.CommitTS:         0xFFFFFFFF / commitTSPerPage,
+}
+
 func (c *Core) zeroPage(kind pg.SLRUKind) error {
 	f := c.main()
 	page := f.u32()
 	if f.bad {
 		return errShort
+	}
+	if last := lastPages[kind]; page > last {
+		return fmt.Errorf("page %d of %s, whose last one is %d", page, kind.Dir(), last)
 	}
 	if err := c.slruAdd(kind, page); err != nil {
 		return err
@@ -129,7 +138,7 @@ func (c *Core) multiTruncate() error {
 	if endOff == 1 {
 		previous = 0xFFFFFFFF
 	}
-	return c.slruCutoff(pg.MultiXactOffsets, previous/offsetsPerPage, offsetsPerPage, 1+1, precedes, nil)
+	return c.slruCutoff(pg.MultiXactOffsets, previous/offsetsPerPage, offsetsPerPage, 1+1, precedes)
 }
 
 // truncateMembers deletes segments from one up to another, around the end of the number
@@ -147,6 +156,20 @@ func (c *Core) truncateMembers(segment, end uint32) error {
 	})
 }
 
+// truncateCLog also takes the oldest xid that is left, as the server that wrote the record did:
+// no start from the state may look for the status of an older one.
+func (c *Core) truncateCLog() error {
+	f := c.main()
+	page, oldest, db := f.u32(), pg.TransactionID(f.u32()), f.oid()
+	if f.bad {
+		return errShort
+	}
+	if cp := c.state.checkPoint(); xidPrecedes(cp.OldestXid, oldest) {
+		cp.OldestXid, cp.OldestXidDB = oldest, db
+	}
+	return c.slruCutoff(pg.CLog, page, clogPerPage, 3+1, xidOrder)
+}
+
 func (c *Core) truncateCommitTS() error {
 	f := c.main()
 	page, oldest := f.u32(), pg.TransactionID(f.u32())
@@ -156,17 +179,14 @@ func (c *Core) truncateCommitTS() error {
 	if cp := c.state.checkPoint(); cp.OldestCommitTsXid != 0 && xidPrecedes(cp.OldestCommitTsXid, oldest) {
 		cp.OldestCommitTsXid = oldest
 	}
-	return c.slruCutoff(pg.CommitTS, page, commitTSPerPage, 3+1, xidOrder, nil)
+	return c.slruCutoff(pg.CommitTS, page, commitTSPerPage, 3+1, xidOrder)
 }
 
 func xidOrder(a, b uint32) bool { return xidPrecedes(pg.TransactionID(a), pg.TransactionID(b)) }
 
 // slruCutoff removes the segments that lie wholly before a page (SimpleLruTruncate and the
 // areas' PagePrecedes): first is added to a page's first number, as there.
-func (c *Core) slruCutoff(kind pg.SLRUKind, cutoff, perPage, first uint32, before func(a, b uint32) bool, err error) error {
-	if err != nil {
-		return err
-	}
+func (c *Core) slruCutoff(kind pg.SLRUKind, cutoff, perPage, first uint32, before func(a, b uint32) bool) error {
 	pagePrecedes := func(a, b uint32) bool {
 		x, y := a*perPage+first, b*perPage+first
 		return before(x, y) && before(x, y+perPage-1)

@@ -9,8 +9,9 @@
 // (SLRUPages), the free space map (FreeSpaceBlock: a hint, kept apart since its
 // value depends on another page; package pageread takes it from there when the map
 // is read). There is one file per resource manager and one
-// table of them; a manager without an entry, an extension's, gives an *UnsupportedError
-// unless the record carries the whole page.
+// table of them; a manager without an entry, an extension's, or a kind of record that
+// PostgreSQL 15 does not have, gives an *UnsupportedError unless the record carries the
+// whole page.
 //
 // Check compares a page with the image that PostgreSQL adds to each record under
 // wal_consistency_checking, which makes PostgreSQL itself the oracle of the tests.
@@ -40,8 +41,9 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// An UnsupportedError means that the record's resource manager has no redo here
-// yet: the page needs a full image, or PostgreSQL's own recovery.
+// An UnsupportedError means that there is no redo for such records: an extension's
+// resource manager made them, or a version of PostgreSQL other than 15. The page needs
+// a full image, or the recovery of whoever made the record.
 type UnsupportedError struct{ Record string }
 
 func (e *UnsupportedError) Error() string {
@@ -197,7 +199,7 @@ func applyRef(o *op) error {
 		return nil
 	}
 	fn := managers[o.rec.RmID]
-	if fn == nil {
+	if fn == nil || !walrec.Known(o.rec.RmID, o.rec.Info) {
 		return &UnsupportedError{walrec.Name(o.rec.RmID, o.rec.Info)}
 	}
 	return fn(o)

@@ -113,6 +113,15 @@ func TestMultiXactAcrossPages(t *testing.T) {
 	}
 }
 
+// TestMultiXactWrapsAround: neither multixact 0 nor a first member 0 is used.
+func TestMultiXactWrapsAround(t *testing.T) {
+	rec := record(t, rmMultiXact, multiXactCreate, 0, uint32(0xFFFFFFFF), uint32(0xFFFFFFFE), uint32(2), uint32(101), uint32(0), uint32(102), uint32(0))
+	p := make([]byte, pg.BlockSize)
+	if err := ApplySLRU(pg.MultiXactOffsets, 0, p, rec); err != nil || le.Uint32(p) != 0 || le.Uint32(p[4:]) != 1 {
+		t.Errorf("the first offsets are %x: %v", p[:8], err)
+	}
+}
+
 func TestZeroPage(t *testing.T) {
 	rec := record(t, rmCLOG, slruZeroPage, 0, uint32(3))
 	p := bytes.Repeat([]byte{1}, pg.BlockSize)

@@ -5,6 +5,10 @@
 // the final state with the server's own files, and with those of a stock server that
 // recovered from the same WAL.
 //
+// Short lives of servers of their own do the same where numbers wrap around (xids at 2^31 and
+// 2^32, multixacts and their members), where one transaction drops thousands of tables, for page
+// images compressed by each method, and for kinds of records that the workload cannot make.
+//
 // The replay here is small and shares nothing with pageserver/ingest: a second opinion on
 // which pages, sizes and files a record concerns. Ingest follows the same WAL beside it, and
 // must come to the same sizes, files and counters.

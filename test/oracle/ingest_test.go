@@ -1,7 +1,9 @@
 package oracle
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/walrec"
 	"github.com/holdfastdb/holdfast/pageserver/ingest"
@@ -17,15 +20,17 @@ import (
 )
 
 // An ingester follows the same WAL with the page server's own code. Of what that makes it
-// keeps all but pages: those of the past are the replayer's.
+// keeps all but pages: those of the past are the replayer's. Those that it makes at once are
+// compared with the replayer's.
 type ingester struct {
 	*replayer
 	core   *ingest.Core
 	values map[keyspace.Key]timeline.Value
+	images map[keyspace.Key][]byte // of the record under way
 }
 
 func newIngester(r *replayer) *ingester {
-	g := &ingester{replayer: r, values: map[keyspace.Key]timeline.Value{}}
+	g := &ingester{replayer: r, values: map[keyspace.Key]timeline.Value{}, images: map[keyspace.Key][]byte{}}
 	for key, data := range describe(r.state, true) {
 		g.values[key] = timeline.Value{Kind: timeline.Image, Data: []byte(data)}
 	}
@@ -63,9 +68,12 @@ func describe(s *state, fsm bool) map[keyspace.Key]string {
 
 // folder is the reverse of pg.DatabasePath.
 func folder(dir string) (tablespace, database pg.Oid) {
+	if dir == "global" {
+		return pg.GlobalTablespaceOid, 0
+	}
 	n, err := strconv.ParseUint(strings.TrimPrefix(dir, "base/"), 10, 32)
 	if err != nil {
-		return pg.GlobalTablespaceOid, 0
+		panic("a database is left in a tablespace that the workload dropped: " + dir)
 	}
 	return pg.DefaultTablespaceOid, pg.Oid(n)
 }
@@ -78,7 +86,22 @@ func (g *ingester) apply(rec *walrec.Record) error {
 	if err := g.core.Apply(context.Background(), rec); err != nil {
 		return err
 	}
+	clear(g.images)
 	g.put(g.core.Take(rec.End))
+	return nil
+}
+
+// checkImages compares the pages that a record's images became at once with what it made of
+// the replayer's.
+func (g *ingester) checkImages(rec *walrec.Record) error {
+	for i := range rec.Blocks {
+		b := &rec.Blocks[i]
+		have, ok := g.images[keyspace.RelPage(b.Rel, b.Block)]
+		if want := g.rels[b.Rel][b.Block]; ok && !bytes.Equal(have, want) {
+			return fmt.Errorf("%s at %v: ingest's image of block %d of %v differs from the page at %d",
+				walrec.Name(rec.RmID, rec.Info), rec.LSN, b.Block, b.Rel, pagemask.Difference(have, want))
+		}
+	}
 	return nil
 }
 
@@ -100,6 +123,8 @@ func (g *ingester) checkCounters(rec *walrec.Record) {
 func (g *ingester) put(entries []timeline.Entry) {
 	for _, e := range entries {
 		switch {
+		case e.Key[0] == byte(keyspace.KindRelPage) && e.Kind == timeline.Image:
+			g.images[e.Key] = slices.Clone(e.Data)
 		case e.Key[0] == byte(keyspace.KindRelPage), e.Key[0] == byte(keyspace.KindSLRUPage):
 		case e.Kind == timeline.Tombstone:
 			delete(g.values, e.Key)

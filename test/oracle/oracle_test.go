@@ -2,10 +2,7 @@ package oracle
 
 import (
 	"fmt"
-	"maps"
 	"path/filepath"
-	"slices"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -38,10 +35,10 @@ func TestOracle(t *testing.T) {
 		t.Skip("it takes a minute")
 	}
 	began := time.Now()
-	primary := newServer(t, "primary")
-	primary.run("initdb", "-D", primary.dir, "-A", "trust", "-U", "postgres", "-N", "--no-instructions", "--locale=C.UTF-8")
+	cluster := newCluster(t, "cluster")
+	primary := copyOf(t, cluster, "primary")
 	nearSegmentEnds(t, primary)
-	primary.configure(settings(primary))
+	primary.own(primary.dir)
 	primary.start() // pg_resetwal left wal_level=minimal, which recovery refuses
 	primary.connect("postgres").close()
 	primary.stop(syscall.SIGINT)
@@ -64,7 +61,6 @@ func TestOracle(t *testing.T) {
 	replaying := time.Now()
 	r.replay(filepath.Join(primary.dir, "pg_wal"), end.control.CheckPoint)
 	t.Logf("replay: %d MB of WAL in %.1f s", r.bytes>>20, time.Since(replaying).Seconds())
-	report(t, r.tallies)
 	r.ingest.report()
 	if *rewrite {
 		writeCompressed(t, "../../pageserver/redo/testdata/pages.zst", r.corpus.file)
@@ -76,6 +72,11 @@ func TestOracle(t *testing.T) {
 	c := comparison{t: t, name: "against stock recovery", have: r.state, want: witness, skipped: r.skipped}
 	c.run().report()
 	findsFlippedBits(t, c)
+
+	for name, run := range map[string]func(*testing.T, *server) map[string]*tally{"hints": hints, "torn record": tornRecord} {
+		t.Run(name, func(t *testing.T) { add(r.tallies, run(t, cluster)) })
+	}
+	report(t, r.tallies)
 }
 
 // findsFlippedBits shows that the comparison would see a wrong bit in any page.
@@ -120,6 +121,7 @@ func recoverStock(t *testing.T, base, primary *server, last pg.LSN) *state {
 		"recovery_target_action":  "shutdown",
 		"unix_socket_directories": filepath.Dir(base.dir),
 		"hot_standby":             "off",
+		"wal_log_hints":           "off", // as on a compute: it decides which pages recovery stamps
 	})
 	touch(t, filepath.Join(base.dir, "recovery.signal"))
 	base.own(base.dir)
@@ -131,65 +133,4 @@ func recoverStock(t *testing.T, base, primary *server, last pg.LSN) *state {
 	}
 	t.Logf("stock recovery: %.1f s", time.Since(began).Seconds())
 	return s
-}
-
-// required lists the kinds of records that the workload must have made.
-var required = strings.Fields(`
-	XLOG/CHECKPOINT_SHUTDOWN XLOG/CHECKPOINT_ONLINE XLOG/NEXTOID XLOG/SWITCH XLOG/BACKUP_END XLOG/PARAMETER_CHANGE
-	XLOG/RESTORE_POINT XLOG/FPW_CHANGE XLOG/FPI
-	Transaction/COMMIT Transaction/PREPARE Transaction/ABORT Transaction/COMMIT_PREPARED Transaction/ABORT_PREPARED
-	Transaction/ASSIGNMENT Transaction/INVALIDATION
-	Storage/CREATE Storage/TRUNCATE CLOG/ZEROPAGE CLOG/TRUNCATE
-	Database/CREATE_FILE_COPY Database/CREATE_WAL_LOG Database/DROP
-	MultiXact/ZERO_OFF_PAGE MultiXact/ZERO_MEM_PAGE MultiXact/CREATE_ID MultiXact/TRUNCATE_ID
-	RelMap/UPDATE Standby/LOCK Standby/RUNNING_XACTS Standby/INVALIDATIONS
-	Heap2/PRUNE Heap2/VACUUM Heap2/FREEZE_PAGE Heap2/VISIBLE Heap2/MULTI_INSERT Heap2/MULTI_INSERT+INIT Heap2/LOCK_UPDATED
-	Heap2/NEW_CID Heap2/REWRITE
-	Heap/INSERT Heap/INSERT+INIT Heap/DELETE Heap/UPDATE Heap/UPDATE+INIT Heap/HOT_UPDATE Heap/TRUNCATE Heap/HEAP_CONFIRM
-	Heap/LOCK Heap/INPLACE
-	Btree/INSERT_LEAF Btree/INSERT_UPPER Btree/INSERT_META Btree/SPLIT_L Btree/SPLIT_R Btree/INSERT_POST Btree/DEDUP
-	Btree/VACUUM Btree/DELETE Btree/MARK_PAGE_HALFDEAD Btree/UNLINK_PAGE Btree/UNLINK_PAGE_META Btree/NEWROOT
-	Btree/REUSE_PAGE Btree/META_CLEANUP
-	Hash/INIT_META_PAGE Hash/INIT_BITMAP_PAGE Hash/INSERT Hash/ADD_OVFL_PAGE Hash/SPLIT_ALLOCATE_PAGE Hash/SPLIT_PAGE
-	Hash/SPLIT_COMPLETE Hash/MOVE_PAGE_CONTENTS Hash/SQUEEZE_PAGE Hash/DELETE Hash/SPLIT_CLEANUP Hash/UPDATE_META_PAGE
-	Hash/VACUUM_ONE_PAGE
-	Gin/CREATE_PTREE Gin/INSERT Gin/SPLIT Gin/VACUUM_PAGE Gin/VACUUM_DATA_LEAF_PAGE Gin/DELETE_PAGE Gin/UPDATE_META_PAGE
-	Gin/INSERT_LISTPAGE Gin/DELETE_LISTPAGE
-	BRIN/CREATE_INDEX BRIN/INSERT BRIN/INSERT+INIT BRIN/UPDATE BRIN/UPDATE+INIT BRIN/SAMEPAGE_UPDATE BRIN/REVMAP_EXTEND
-	BRIN/DESUMMARIZE
-	SPGist/ADD_LEAF SPGist/MOVE_LEAFS SPGist/ADD_NODE SPGist/SPLIT_TUPLE SPGist/PICKSPLIT SPGist/VACUUM_LEAF SPGist/VACUUM_ROOT
-	SPGist/VACUUM_REDIRECT
-	Gist/PAGE_UPDATE Gist/DELETE Gist/PAGE_REUSE Gist/PAGE_SPLIT Gist/PAGE_DELETE
-	Sequence/LOG CommitTs/ZEROPAGE CommitTs/TRUNCATE ReplicationOrigin/SET ReplicationOrigin/DROP
-	Tablespace/CREATE Tablespace/DROP Generic LogicalMessage`)
-
-func report(t *testing.T, tallies map[string]*tally) {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%-32s %9s %9s %9s %9s\n", "record", "records", "applied", "checked", "no redo")
-	var sum tally
-	for _, name := range slices.Sorted(maps.Keys(tallies)) {
-		c := tallies[name]
-		fmt.Fprintf(&b, "%-32s %9d %9d %9d %9d\n", name, c.records, c.applied, c.checked, c.unsupported)
-		sum.records += c.records
-		sum.applied += c.applied
-		sum.checked += c.checked
-		sum.unsupported += c.unsupported
-	}
-	fmt.Fprintf(&b, "%-32s %9d %9d %9d %9d\n", "all", sum.records, sum.applied, sum.checked, sum.unsupported)
-	t.Log("pages by kind of record:\n" + b.String())
-	for _, name := range required {
-		if tallies[name] == nil {
-			t.Errorf("the workload made no %s record", name)
-		} else if c := tallies[name]; c.applied > 0 && c.checked == 0 && checkable(name) {
-			t.Errorf("no %s record was checked against its image", name)
-		}
-	}
-}
-
-// checkable tells the kinds whose records carry images under wal_consistency_checking
-// that are not there to be applied.
-func checkable(name string) bool {
-	manager, _, _ := strings.Cut(name, "/")
-	return slices.Contains([]string{"Heap", "Heap2", "Btree", "Hash", "Gin", "Gist", "SPGist", "BRIN", "Sequence", "Generic"}, manager) &&
-		name != "Hash/SPLIT_PAGE" && name != "Gin/VACUUM_PAGE" && name != "Gist/DELETE" // see gistDeadItems
 }

@@ -39,6 +39,9 @@ type replayer struct {
 	blanked map[pg.RelTag]bool
 	errors  int
 
+	// seen, unless nil, is called before each record is applied.
+	seen func(*walrec.Record)
+
 	ingest   *ingester
 	corpus   *corpus // nil unless it is to be written
 	switches []walrec.RawRecord
@@ -114,6 +117,9 @@ func (r *replayer) apply(rec *walrec.Record) error {
 		r.tallies[name] = c
 	}
 	c.records++
+	if r.seen != nil {
+		r.seen(rec)
+	}
 	if err := r.ingest.apply(rec); err != nil {
 		return fmt.Errorf("ingest: %w", err)
 	}
@@ -122,6 +128,9 @@ func (r *replayer) apply(rec *walrec.Record) error {
 		if err := r.block(rec, &rec.Blocks[i], c); err != nil {
 			return err
 		}
+	}
+	if err := r.ingest.checkImages(rec); err != nil {
+		return err
 	}
 	clears, err := redo.ImpliedVM(rec)
 	if err != nil {
@@ -259,7 +268,11 @@ func (r *replayer) other(rec *walrec.Record) error {
 		}
 	case rmMultiXact:
 		if kind == 0x30 { // offsets step back one multixact, members drop whole segments
-			r.truncateSLRU(pg.MultiXactOffsets, (u32(8)-1)/2048)
+			before := u32(8) - 1
+			if before == 0 {
+				before = 1<<32 - 1 // 0 is no multixact
+			}
+			r.truncateSLRU(pg.MultiXactOffsets, before/2048)
 			r.truncateSLRU(pg.MultiXactMembers, u32(16)/1636)
 		}
 	}
@@ -399,12 +412,13 @@ func (r *replayer) dropDatabase(space, db pg.Oid) {
 	}
 }
 
-// truncateSLRU removes the segments that lie wholly before a page. The workload's numbers
-// do not wrap around.
+// truncateSLRU removes the segments that lie wholly before a page, in numbers that count
+// modulo 2^32.
 func (r *replayer) truncateSLRU(kind pg.SLRUKind, page uint32) {
-	first := page / pg.SLRUPagesPerSegment * pg.SLRUPagesPerSegment
+	perPage := map[pg.SLRUKind]uint32{pg.CLog: 32768, pg.CommitTS: 819, pg.MultiXactOffsets: 2048, pg.MultiXactMembers: 1636}[kind]
+	begin := func(page uint32) uint32 { return page / pg.SLRUPagesPerSegment * pg.SLRUPagesPerSegment * perPage } // of its segment
 	for p := range r.slru {
-		if p.Kind == kind && p.Page < first {
+		if p.Kind == kind && int32(begin(p.Page)-begin(page)) < 0 {
 			delete(r.slru, p)
 		}
 	}

@@ -32,6 +32,7 @@ func tablespaces(c *session) {
 		"SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inplace LOCATION ''", "RESET allow_in_place_tablespaces",
 		"CREATE TABLE elsewhere (a int PRIMARY KEY) TABLESPACE inplace", "INSERT INTO elsewhere SELECT generate_series(1, 300)",
 		"ALTER TABLE elsewhere SET TABLESPACE pg_default", "CREATE INDEX elsewhere_i ON elsewhere (a) TABLESPACE inplace", "DROP INDEX elsewhere_i",
+		"CREATE DATABASE moved", "ALTER DATABASE moved SET TABLESPACE inplace", "ALTER DATABASE moved SET TABLESPACE pg_default",
 		"DROP TABLESPACE inplace",
 	)
 }

@@ -369,10 +369,10 @@ func mixed(s *server) {
 	})
 }
 
-// relationKinds asks each database what its relations are.
+// relationKinds asks each database that can be asked what its relations are.
 func relationKinds(s *server, c *session) map[pg.RelFileNode]pagemask.Kind {
 	kinds := map[pg.RelFileNode]pagemask.Kind{}
-	for _, db := range c.rows("SELECT datname, oid, dattablespace FROM pg_database") {
+	for _, db := range c.rows("SELECT datname, oid, dattablespace FROM pg_database WHERE datallowconn") {
 		x := s.connect(db[0])
 		for _, r := range x.rows(`SELECT CASE reltablespace WHEN 0 THEN ` + db[2] + ` ELSE reltablespace END, CASE WHEN relisshared THEN 0 ELSE ` + db[1] + ` END,
 			pg_relation_filenode(c.oid), relkind, amname FROM pg_class c LEFT JOIN pg_am a ON a.oid = relam WHERE relkind IN ('r', 'm', 't', 'i', 'S')`) {
