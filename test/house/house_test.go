@@ -26,13 +26,15 @@ var adapters = map[string][]string{
 	"go.etcd.io/raft":                                 {"safekeeper"},
 	"github.com/cockroachdb/pebble":                   {"safekeeper", "pageserver"},
 	"github.com/aws/aws-sdk-go-v2/service/kms":        {"keymgr/awskms"},
+	"github.com/aws/aws-sdk-go-v2/service/sts":        {"keymgr/awskms"},
 	"github.com/aws/aws-sdk-go-v2/service/s3":         {"internal/blob/s3blob"},
 	"github.com/Azure/azure-sdk-for-go":               {"keymgr/azurekv"},
 	"cloud.google.com/go/kms":                         {"keymgr/gcpkms"},
-	"github.com/openbao/openbao":                      {"keymgr/vault"},
-	"github.com/hashicorp/vault":                      {"keymgr/vault"},
+	"github.com/openbao/openbao":                      {"keymgr/transit"},
+	"github.com/hashicorp/vault":                      {"keymgr/transit"},
 	"github.com/spf13/cobra":                          {"cmd/holdfast"},
-	"github.com/holdfastdb/holdfast/keymgr/localkms":  {"cmd/holdfast"},
+	"github.com/miekg/pkcs11":                         {"keymgr/pkcs11"},
+	"github.com/holdfastdb/holdfast/keymgr/localkms":  {"cmd/holdfast", "keymgr/kmsopen"},
 	"github.com/holdfastdb/holdfast/internal/keyring": {"keymgr", "safekeeper", "pageserver", "compute", "manager", "cmd/holdfast", "internal/walclient", "internal/keyring"},
 }
 
