@@ -5,8 +5,8 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 export GOFLAGS ?= -trimpath
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/smoke
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|smoke)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/smoke ./test/cloudkms
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|smoke|cloudkms)$$')
 
 .PHONY: run test build lint fmt vet staticcheck vuln unit e2e soak bench clean setup-run setup-test setup-suites test-postgres
 
