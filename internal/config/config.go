@@ -29,7 +29,8 @@ type Keymgr struct {
 // KMS says which key management services a key manager asks, by kind; nil: not that one.
 // Credentials are never here: they come from where the service's own client looks for them.
 type KMS struct {
-	AWS *AWSKMS `yaml:"aws,omitempty"`
+	AWS     *AWSKMS     `yaml:"aws,omitempty"`
+	Transit *TransitKMS `yaml:"vault,omitempty"`
 }
 
 // Any tells whether there is one.
@@ -42,6 +43,14 @@ type AWSKMS struct {
 	CAFile     string `yaml:"ca_file,omitempty"`     // the only authorities to trust; empty: the system's
 	RoleARN    string `yaml:"role_arn,omitempty"`    // a role to assume
 	ExternalID string `yaml:"external_id,omitempty"` // that the role's trust policy asks for
+}
+
+// TransitKMS is how the transit engine of a Vault or OpenBao is reached.
+type TransitKMS struct {
+	Address   string `yaml:"address,omitempty"`    // https URL; empty: VAULT_ADDR or BAO_ADDR
+	CAFile    string `yaml:"ca_file,omitempty"`    // the only authorities to trust; empty: the system's
+	Namespace string `yaml:"namespace,omitempty"`  // empty: none
+	TokenFile string `yaml:"token_file,omitempty"` // with the token, read for each call, as an agent renews it; empty: VAULT_TOKEN or BAO_TOKEN
 }
 
 // Safekeeper configures one replica.

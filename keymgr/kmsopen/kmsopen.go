@@ -3,6 +3,7 @@
 // itself calls the key:
 //
 //	aws-kms:arn:aws:kms:REGION:ACCOUNT:key/ID
+//	vault:MOUNT/keys/NAME       transit of Vault or OpenBao
 //	local:NAME, or just NAME    the development KMS
 package kmsopen
 
@@ -17,6 +18,7 @@ import (
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/awskms"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
+	"github.com/holdfastdb/holdfast/keymgr/transit"
 )
 
 // kind is a kind of service: how its CMKs are told apart and what they look like.
@@ -31,6 +33,7 @@ const local = "local"
 var kinds = []kind{
 	{local, "local_kms", checkLocal},
 	{"aws-kms", "kms.aws", awskms.CheckKey},
+	{"vault", "kms.vault", transit.CheckKey},
 }
 
 func checkLocal(key string) error {
@@ -62,6 +65,13 @@ func Open(ctx context.Context, localFile string, cfg config.KMS) (*Providers, er
 			return nil, err
 		}
 		p.byKind["aws-kms"] = k
+	}
+	if c := cfg.Transit; c != nil {
+		k, err := transit.Open(transit.Config(*c))
+		if err != nil {
+			return nil, err
+		}
+		p.byKind["vault"] = k
 	}
 	return p, nil
 }

@@ -17,7 +17,6 @@ type key struct {
 	state    State
 	revoked  bool // nobody is permitted to use it
 	versions []*version
-	minimum  int // the oldest version that decrypts (transit); 0: all
 
 	later    State // the state after usesLeft more uses, if not empty
 	usesLeft int

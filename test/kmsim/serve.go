@@ -17,6 +17,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -139,6 +140,8 @@ func (s *Sim) handler() http.Handler {
 		switch {
 		case r.Header.Get("X-Amz-Target") != "":
 			a = s.answerAWS(req)
+		case strings.HasPrefix(r.URL.Path, "/v1/"):
+			a = s.answerTransit(req)
 		case isIdentity:
 			a = s.answerSTS(req)
 		default:
