@@ -30,6 +30,7 @@ type Keymgr struct {
 // Credentials are never here: they come from where the service's own client looks for them.
 type KMS struct {
 	AWS     *AWSKMS     `yaml:"aws,omitempty"`
+	Google  *GoogleKMS  `yaml:"gcp,omitempty"`
 	Transit *TransitKMS `yaml:"vault,omitempty"`
 }
 
@@ -43,6 +44,12 @@ type AWSKMS struct {
 	CAFile     string `yaml:"ca_file,omitempty"`     // the only authorities to trust; empty: the system's
 	RoleARN    string `yaml:"role_arn,omitempty"`    // a role to assume
 	ExternalID string `yaml:"external_id,omitempty"` // that the role's trust policy asks for
+}
+
+// GoogleKMS is how Google's Cloud KMS is reached; all of it may be left out (gcp: {}).
+type GoogleKMS struct {
+	Endpoint string `yaml:"endpoint,omitempty"` // HOST:PORT in place of Google's own
+	CAFile   string `yaml:"ca_file,omitempty"`  // the only authorities to trust; empty: the system's
 }
 
 // TransitKMS is how the transit engine of a Vault or OpenBao is reached.

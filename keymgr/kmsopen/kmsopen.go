@@ -3,6 +3,7 @@
 // itself calls the key:
 //
 //	aws-kms:arn:aws:kms:REGION:ACCOUNT:key/ID
+//	gcp-kms:projects/P/locations/L/keyRings/R/cryptoKeys/K
 //	vault:MOUNT/keys/NAME       transit of Vault or OpenBao
 //	local:NAME, or just NAME    the development KMS
 package kmsopen
@@ -17,6 +18,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/config"
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/awskms"
+	"github.com/holdfastdb/holdfast/keymgr/gcpkms"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
 	"github.com/holdfastdb/holdfast/keymgr/transit"
 )
@@ -33,6 +35,7 @@ const local = "local"
 var kinds = []kind{
 	{local, "local_kms", checkLocal},
 	{"aws-kms", "kms.aws", awskms.CheckKey},
+	{"gcp-kms", "kms.gcp", gcpkms.CheckKey},
 	{"vault", "kms.vault", transit.CheckKey},
 }
 
@@ -65,6 +68,13 @@ func Open(ctx context.Context, localFile string, cfg config.KMS) (*Providers, er
 			return nil, err
 		}
 		p.byKind["aws-kms"] = k
+	}
+	if c := cfg.Google; c != nil {
+		k, err := gcpkms.Open(ctx, gcpkms.Config(*c))
+		if err != nil {
+			return nil, err
+		}
+		p.byKind["gcp-kms"] = k
 	}
 	if c := cfg.Transit; c != nil {
 		k, err := transit.Open(transit.Config(*c))

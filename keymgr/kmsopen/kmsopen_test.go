@@ -65,6 +65,8 @@ func TestReferences(t *testing.T) {
 		"local:":          "no name",
 		"s3:bucket":       "want one of local:",
 		"aws-kms:orders":  "is not the ARN",
+		"vault:orders":    "configures no kms.vault",
+		"gcp-kms:orders":  "configures no kms.gcp",
 		"arn:aws:kms:x:y": "want one of",
 	} {
 		err := p.CheckKey(cmk)

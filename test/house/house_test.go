@@ -30,6 +30,7 @@ var adapters = map[string][]string{
 	"github.com/aws/aws-sdk-go-v2/service/s3":         {"internal/blob/s3blob"},
 	"github.com/Azure/azure-sdk-for-go":               {"keymgr/azurekv"},
 	"cloud.google.com/go/kms":                         {"keymgr/gcpkms"},
+	"google.golang.org/api":                           {"keymgr/gcpkms"},
 	"github.com/openbao/openbao":                      {"keymgr/transit"},
 	"github.com/hashicorp/vault":                      {"keymgr/transit"},
 	"github.com/spf13/cobra":                          {"cmd/holdfast"},

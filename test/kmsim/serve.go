@@ -124,10 +124,15 @@ type answer struct {
 
 // handler tells the protocols apart by what only their clients send.
 func (s *Sim) handler() http.Handler {
+	grpcServer := s.newGoogle()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		isIdentity := r.Header.Get("X-Amz-Target") == "" && isIdentityPath(r)
 		fault, latency := s.faultNow()
 		if !isIdentity && !s.survives(w, r, fault, latency) {
+			return
+		}
+		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+			grpcServer.ServeHTTP(w, r)
 			return
 		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
