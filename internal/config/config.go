@@ -31,6 +31,7 @@ type Keymgr struct {
 type KMS struct {
 	AWS     *AWSKMS     `yaml:"aws,omitempty"`
 	Google  *GoogleKMS  `yaml:"gcp,omitempty"`
+	Azure   *AzureKMS   `yaml:"azure,omitempty"`
 	Transit *TransitKMS `yaml:"vault,omitempty"`
 }
 
@@ -50,6 +51,13 @@ type AWSKMS struct {
 type GoogleKMS struct {
 	Endpoint string `yaml:"endpoint,omitempty"` // HOST:PORT in place of Google's own
 	CAFile   string `yaml:"ca_file,omitempty"`  // the only authorities to trust; empty: the system's
+}
+
+// AzureKMS is how Azure Key Vault is reached; all of it may be left out (azure: {}).
+type AzureKMS struct {
+	CAFile string `yaml:"ca_file,omitempty"` // the only authorities to trust; empty: the system's
+	// PrivateCloud is for vaults and logins outside Microsoft's public clouds: names are not checked.
+	PrivateCloud bool `yaml:"private_cloud,omitempty"`
 }
 
 // TransitKMS is how the transit engine of a Vault or OpenBao is reached.

@@ -4,6 +4,7 @@
 //
 //	aws-kms:arn:aws:kms:REGION:ACCOUNT:key/ID
 //	gcp-kms:projects/P/locations/L/keyRings/R/cryptoKeys/K
+//	azure-kv:https://VAULT/keys/NAME
 //	vault:MOUNT/keys/NAME       transit of Vault or OpenBao
 //	local:NAME, or just NAME    the development KMS
 package kmsopen
@@ -18,6 +19,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/config"
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/awskms"
+	"github.com/holdfastdb/holdfast/keymgr/azurekv"
 	"github.com/holdfastdb/holdfast/keymgr/gcpkms"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
 	"github.com/holdfastdb/holdfast/keymgr/transit"
@@ -36,6 +38,7 @@ var kinds = []kind{
 	{local, "local_kms", checkLocal},
 	{"aws-kms", "kms.aws", awskms.CheckKey},
 	{"gcp-kms", "kms.gcp", gcpkms.CheckKey},
+	{"azure-kv", "kms.azure", azurekv.CheckKey},
 	{"vault", "kms.vault", transit.CheckKey},
 }
 
@@ -75,6 +78,13 @@ func Open(ctx context.Context, localFile string, cfg config.KMS) (*Providers, er
 			return nil, err
 		}
 		p.byKind["gcp-kms"] = k
+	}
+	if c := cfg.Azure; c != nil {
+		k, err := azurekv.Open(azurekv.Config(*c))
+		if err != nil {
+			return nil, err
+		}
+		p.byKind["azure-kv"] = k
 	}
 	if c := cfg.Transit; c != nil {
 		k, err := transit.Open(transit.Config(*c))

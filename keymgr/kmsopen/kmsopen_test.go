@@ -67,6 +67,7 @@ func TestReferences(t *testing.T) {
 		"aws-kms:orders":  "is not the ARN",
 		"vault:orders":    "configures no kms.vault",
 		"gcp-kms:orders":  "configures no kms.gcp",
+		"azure-kv:orders": "configures no kms.azure",
 		"arn:aws:kms:x:y": "want one of",
 	} {
 		err := p.CheckKey(cmk)

@@ -55,12 +55,13 @@ func testFaults(t *testing.T, s Subject) {
 		name     string
 		do, undo func(*testing.T)
 		want     keymgr.Outcome
+		most     int // how often one call may ask the service the same
 	}{
-		{"throttled", f.Throttle, f.Heal, keymgr.Unreachable},
-		{"failed", f.Break, f.Heal, keymgr.Unreachable},
-		{"our credential has run out", f.Expire, f.Heal, keymgr.Unknown},
-		{"permission withdrawn", f.Withdraw, f.GiveBack, keymgr.Denied},
-		{"deletion scheduled", f.Schedule, s.Enable, keymgr.Denied},
+		{"throttled", f.Throttle, f.Heal, keymgr.Unreachable, 1},
+		{"failed", f.Break, f.Heal, keymgr.Unreachable, 1},
+		{"our credential has run out", f.Expire, f.Heal, keymgr.Unknown, 2}, // the second time with a new one
+		{"permission withdrawn", f.Withdraw, f.GiveBack, keymgr.Denied, 1},
+		{"deletion scheduled", f.Schedule, s.Enable, keymgr.Denied, 1},
 	} {
 		if tc.do == nil {
 			continue
@@ -82,7 +83,7 @@ func testFaults(t *testing.T, s Subject) {
 			}
 			asked := make(map[string]int)
 			for _, c := range f.Log()[before:] {
-				if asked[c.Op]++; asked[c.Op] > 1 {
+				if asked[c.Op]++; asked[c.Op] > tc.most {
 					t.Errorf("%s, %s: the service was asked %s again after it had answered", tc.name, op, c.Op)
 				}
 			}

@@ -29,6 +29,7 @@ var adapters = map[string][]string{
 	"github.com/aws/aws-sdk-go-v2/service/sts":        {"keymgr/awskms"},
 	"github.com/aws/aws-sdk-go-v2/service/s3":         {"internal/blob/s3blob"},
 	"github.com/Azure/azure-sdk-for-go":               {"keymgr/azurekv"},
+	"github.com/aws/smithy-go":                        {"keymgr/awskms"},
 	"cloud.google.com/go/kms":                         {"keymgr/gcpkms"},
 	"google.golang.org/api":                           {"keymgr/gcpkms"},
 	"github.com/openbao/openbao":                      {"keymgr/transit"},

@@ -5,13 +5,31 @@ import (
 	"html"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 )
 
 // isIdentityPath tells whether a call is to a service that gives out credentials: AWS's STS,
-// whose calls are forms sent to /.
+// whose calls are forms sent to /, and Microsoft's login.
 func isIdentityPath(r *http.Request) bool {
-	return r.URL.Path == "/" && r.Method == http.MethodPost
+	return r.URL.Path == "/" && r.Method == http.MethodPost ||
+		strings.HasPrefix(r.URL.Path, "/"+Tenant+"/")
+}
+
+func (s *Sim) answerIdentity(r *request) answer {
+	if r.URL.Path == "/" {
+		return s.answerSTS(r)
+	}
+	return s.answerLogin(r)
+}
+
+// formValue is a field of the form that is the body; a body that is no form has none.
+func (r *request) formValue(name string) string {
+	form, err := url.ParseQuery(string(r.body))
+	if err != nil {
+		return ""
+	}
+	return form.Get(name)
 }
 
 // stsLife is how long an assumed role's credentials hold.
@@ -19,17 +37,16 @@ const stsLife = time.Hour
 
 // answerSTS speaks the one call of AWS's STS that there is a use for here.
 func (s *Sim) answerSTS(r *request) answer {
-	form, err := url.ParseQuery(string(r.body))
-	role := form.Get("RoleArn")
-	r.entry = Entry{Protocol: AWS, Op: form.Get("Action"), Key: role, Principal: s.nameOf(accessKey(r.Header.Get("Authorization")))}
+	role := r.formValue("RoleArn")
+	r.entry = Entry{Protocol: AWS, Op: r.formValue("Action"), Key: role, Principal: s.nameOf(accessKey(r.Header.Get("Authorization")))}
 	header := map[string]string{"Content-Type": "text/xml", "X-Amzn-Requestid": r.id}
 	switch {
-	case err != nil || form.Get("Action") != "AssumeRole" || role == "":
+	case r.formValue("Action") != "AssumeRole" || role == "":
 		return answer{status: http.StatusBadRequest, code: "InvalidAction", header: header, body: stsError("InvalidAction", r.id)}
 	case r.fault == BadIdentity:
 		return answer{status: http.StatusForbidden, code: "AccessDenied", header: header, body: stsError("AccessDenied", r.id)}
 	}
-	id := s.giveCredential("ASIA", role+"/"+form.Get("RoleSessionName"))
+	id := s.giveCredential("ASIA", role+"/"+r.formValue("RoleSessionName"))
 	const ns = "https://sts.amazonaws.com/doc/2011-06-15/"
 	return answer{header: header, body: fmt.Sprintf(`<AssumeRoleResponse xmlns="%s"><AssumeRoleResult>`+
 		`<AssumedRoleUser><AssumedRoleId>AROA:holdfast</AssumedRoleId><Arn>%s</Arn></AssumedRoleUser>`+

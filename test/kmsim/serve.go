@@ -148,7 +148,9 @@ func (s *Sim) handler() http.Handler {
 		case strings.HasPrefix(r.URL.Path, "/v1/"):
 			a = s.answerTransit(req)
 		case isIdentity:
-			a = s.answerSTS(req)
+			a = s.answerIdentity(req)
+		case strings.HasPrefix(r.URL.Path, "/keys/"):
+			a = s.answerAzure(req)
 		default:
 			a = answer{status: http.StatusNotFound, code: "NoSuchProtocol", body: "no protocol of this server has this path\n"}
 		}
