@@ -32,6 +32,7 @@ type KMS struct {
 	AWS     *AWSKMS     `yaml:"aws,omitempty"`
 	Google  *GoogleKMS  `yaml:"gcp,omitempty"`
 	Azure   *AzureKMS   `yaml:"azure,omitempty"`
+	PKCS11  *PKCS11KMS  `yaml:"pkcs11,omitempty"`
 	Transit *TransitKMS `yaml:"vault,omitempty"`
 }
 
@@ -58,6 +59,12 @@ type AzureKMS struct {
 	CAFile string `yaml:"ca_file,omitempty"` // the only authorities to trust; empty: the system's
 	// PrivateCloud is for vaults and logins outside Microsoft's public clouds: names are not checked.
 	PrivateCloud bool `yaml:"private_cloud,omitempty"`
+}
+
+// PKCS11KMS is how the tokens of a PKCS#11 library are reached.
+type PKCS11KMS struct {
+	Module  string `yaml:"module"`   // the library's file
+	PINFile string `yaml:"pin_file"` // with the user's PIN, read for each call
 }
 
 // TransitKMS is how the transit engine of a Vault or OpenBao is reached.

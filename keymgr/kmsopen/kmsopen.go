@@ -5,6 +5,7 @@
 //	aws-kms:arn:aws:kms:REGION:ACCOUNT:key/ID
 //	gcp-kms:projects/P/locations/L/keyRings/R/cryptoKeys/K
 //	azure-kv:https://VAULT/keys/NAME
+//	pkcs11:token=LABEL;object=LABEL (RFC 7512)
 //	vault:MOUNT/keys/NAME       transit of Vault or OpenBao
 //	local:NAME, or just NAME    the development KMS
 package kmsopen
@@ -22,6 +23,7 @@ import (
 	"github.com/holdfastdb/holdfast/keymgr/azurekv"
 	"github.com/holdfastdb/holdfast/keymgr/gcpkms"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
+	"github.com/holdfastdb/holdfast/keymgr/pkcs11"
 	"github.com/holdfastdb/holdfast/keymgr/transit"
 )
 
@@ -39,6 +41,7 @@ var kinds = []kind{
 	{"aws-kms", "kms.aws", awskms.CheckKey},
 	{"gcp-kms", "kms.gcp", gcpkms.CheckKey},
 	{"azure-kv", "kms.azure", azurekv.CheckKey},
+	{"pkcs11", "kms.pkcs11", pkcs11.CheckKey},
 	{"vault", "kms.vault", transit.CheckKey},
 }
 
@@ -85,6 +88,13 @@ func Open(ctx context.Context, localFile string, cfg config.KMS) (*Providers, er
 			return nil, err
 		}
 		p.byKind["azure-kv"] = k
+	}
+	if c := cfg.PKCS11; c != nil {
+		k, err := pkcs11.Open(pkcs11.Config(*c))
+		if err != nil {
+			return nil, err
+		}
+		p.byKind["pkcs11"] = k
 	}
 	if c := cfg.Transit; c != nil {
 		k, err := transit.Open(transit.Config(*c))

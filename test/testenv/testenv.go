@@ -85,3 +85,16 @@ func GoBuild(t testing.TB, module, program string) (binary string) {
 	}
 	return binary
 }
+
+// NeedSoftHSM needs SoftHSM 2, and gives its PKCS#11 library.
+func NeedSoftHSM(t testing.TB) (module string) {
+	t.Helper()
+	_, err := exec.LookPath("softhsm2-util")
+	for _, pattern := range []string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/*/softhsm/libsofthsm2.so", "/usr/lib*/pkcs11/libsofthsm2.so"} {
+		if found, _ := filepath.Glob(pattern); err == nil && len(found) > 0 {
+			return found[0]
+		}
+	}
+	missing(t, "SoftHSM 2 (Debian's package softhsm2)")
+	return ""
+}
