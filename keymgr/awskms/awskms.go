@@ -58,7 +58,7 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 		err = fmt.Errorf("role %q is not an ARN", cfg.RoleARN)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("AWS KMS: %w", err)
+		return nil, fmt.Errorf("kms.aws: %w", err)
 	}
 	options := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }),
@@ -68,7 +68,7 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 	}
 	c, err := config.LoadDefaultConfig(ctx, options...)
 	if err != nil {
-		return nil, fmt.Errorf("AWS KMS: the SDK's configuration: %w", err)
+		return nil, fmt.Errorf("kms.aws: the SDK's configuration: %w", err)
 	}
 	c.HTTPClient = client // for KMS and the role; credentials are looked for as the SDK does
 	if cfg.RoleARN != "" {

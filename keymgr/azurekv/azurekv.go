@@ -60,12 +60,12 @@ var _ keymgr.Provider = (*Provider)(nil)
 func Open(cfg Config) (*Provider, error) {
 	client, err := kmshttp.Client(cfg.CAFile)
 	if err != nil {
-		return nil, fmt.Errorf("Azure Key Vault: %w", err)
+		return nil, fmt.Errorf("kms.azure: %w", err)
 	}
 	options := azcore.ClientOptions{Transport: client, Retry: policy.RetryOptions{MaxRetries: -1}}
 	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: cfg.PrivateCloud})
 	if err != nil {
-		return nil, fmt.Errorf("Azure Key Vault: credentials: %w", err)
+		return nil, fmt.Errorf("kms.azure: credentials: %w", err)
 	}
 	p := &Provider{cfg: cfg, options: options, credential: credential}
 	p.mu.vaults, p.mu.publics = make(map[string]*azkeys.Client), make(map[string]*rsa.PublicKey)

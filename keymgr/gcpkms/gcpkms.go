@@ -60,19 +60,19 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 	if cfg.CAFile != "" {
 		conf, err := kmshttp.TLS(cfg.CAFile)
 		if err != nil {
-			return nil, fmt.Errorf("Cloud KMS: %w", err)
+			return nil, fmt.Errorf("kms.gcp: %w", err)
 		}
 		options = append(options, option.WithGRPCDialOption(grpc.WithTransportCredentials(credentials.NewTLS(conf))))
 	}
 	if cfg.Endpoint != "" {
 		if _, port, err := net.SplitHostPort(cfg.Endpoint); err != nil || strings.Contains(port, "/") {
-			return nil, fmt.Errorf("Cloud KMS: endpoint %q: want HOST:PORT", cfg.Endpoint)
+			return nil, fmt.Errorf("kms.gcp: endpoint %q: want HOST:PORT", cfg.Endpoint)
 		}
 		options = append(options, option.WithEndpoint(cfg.Endpoint))
 	}
 	client, err := kms.NewKeyManagementClient(ctx, options...)
 	if err != nil {
-		return nil, fmt.Errorf("Cloud KMS: %w", err)
+		return nil, fmt.Errorf("kms.gcp: %w", err)
 	}
 	client.CallOptions = &kms.KeyManagementCallOptions{} // without the retries that it comes with
 	return &Provider{client: client}, nil

@@ -25,7 +25,7 @@ type Config struct {
 
 func (c Config) validate() error {
 	if c.Module == "" || c.PINFile == "" {
-		return errors.New("PKCS#11: want module, the library's file, and pin_file")
+		return errors.New("kms.pkcs11: want module, the library's file, and pin_file")
 	}
 	return nil
 }

@@ -34,10 +34,10 @@ func Open(cfg Config) (keymgr.Provider, error) {
 	}
 	lib := pkcs11.New(cfg.Module)
 	if lib == nil {
-		return nil, fmt.Errorf("PKCS#11: %s cannot be loaded as a library", cfg.Module)
+		return nil, fmt.Errorf("kms.pkcs11: %s cannot be loaded as a library", cfg.Module)
 	}
 	if err := lib.Initialize(); err != nil && !isCode(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
-		return nil, fmt.Errorf("PKCS#11: initializing %s: %w", cfg.Module, err)
+		return nil, fmt.Errorf("kms.pkcs11: initializing %s: %w", cfg.Module, err)
 	}
 	return &Provider{lib: lib, cfg: cfg, turn: make(chan struct{}, 1)}, nil
 }

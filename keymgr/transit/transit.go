@@ -55,13 +55,13 @@ func Open(cfg Config) (*Provider, error) {
 		err = kmshttp.CheckURL("address", cfg.Address)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("transit: %w", err)
+		return nil, fmt.Errorf("kms.vault: %w", err)
 	}
 	// The environment would bring retries, other authorities, and TLS that is not verified.
 	conf := &api.Config{Address: cfg.Address, HttpClient: client, DisableRedirects: true, DisableEnvironment: true}
 	c, err := api.NewClient(conf)
 	if err != nil {
-		return nil, fmt.Errorf("transit: %w", err)
+		return nil, fmt.Errorf("kms.vault: %w", err)
 	}
 	c.SetMaxRetries(0)
 	if cfg.Namespace != "" {

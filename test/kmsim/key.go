@@ -42,11 +42,15 @@ const (
 	destroyed
 )
 
+func known(s State) bool {
+	return slices.Contains([]State{Enabled, Disabled, PendingDeletion, Destroyed}, s)
+}
+
 func (k *key) set(state State) error {
 	if k.state == Destroyed && state != Destroyed {
 		return fmt.Errorf("key %s is destroyed", k.ref)
 	}
-	if !slices.Contains([]State{Enabled, Disabled, PendingDeletion, Destroyed}, state) {
+	if !known(state) {
 		return fmt.Errorf("state %q is not known", state)
 	}
 	k.state, k.later = state, ""

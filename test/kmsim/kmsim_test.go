@@ -6,6 +6,8 @@ import (
 	"crypto/x509"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -87,5 +89,50 @@ func TestCustomersConsole(t *testing.T) {
 	}
 	if keys := s.Keys(); len(keys) != 1 || keys[0] != (KeyInfo{Ref: ref, Protocol: AWS, State: Destroyed, Versions: 1}) {
 		t.Errorf("keys %+v", keys)
+	}
+}
+
+func TestControl(t *testing.T) {
+	s := New()
+	h := s.Control()
+	call := func(method, path string, want int) string {
+		t.Helper()
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, nil))
+		if w.Code != want {
+			t.Errorf("%s %s: %d %s, want %d", method, path, w.Code, w.Body, want)
+		}
+		return w.Body.String()
+	}
+	call("POST", "/keys?protocol=aws&name=orders", 200)
+	ref := s.Keys()[0].Ref
+	key := "?key=" + url.QueryEscape(ref)
+	call("POST", "/rotate"+key, 200)
+	call("POST", "/revoke"+key+"&revoked=true", 200)
+	call("POST", "/state"+key+"&state=disabled", 200)
+	if k := s.Keys()[0]; k != (KeyInfo{Ref: ref, Protocol: AWS, State: Disabled, Versions: 2, Revoked: true}) {
+		t.Errorf("key %+v", k)
+	}
+	if got := call("GET", "/keys", 200); !strings.Contains(got, ref) || !strings.Contains(got, `"disabled"`) {
+		t.Errorf("GET /keys: %s", got)
+	}
+	call("POST", "/state"+key+"&state=enabled", 200)
+	call("POST", "/state"+key+"&state=disabled&after=1", 200)
+	call("POST", "/revoke"+key+"&revoked=false", 200)
+	for _, want := range []refusal{usable, disabled} {
+		if _, why := s.useLocked(ref); why != want { // nobody else uses s
+			t.Errorf("refusal %d, want %d", why, want)
+		}
+	}
+	call("POST", "/destroy-version"+key+"&version=1", 200)
+	call("POST", "/fault?fault=latency&latency=2s", 200)
+	if f, d := s.faultNow(); f != Latency || d != 2*time.Second {
+		t.Errorf("fault %v %v", f, d)
+	}
+	call("POST", "/fault?fault=throttle", 200)
+	call("GET", "/log", 200)
+	for _, bad := range []string{"/keys?protocol=x", "/state?key=absent&state=disabled", "/state" + key + "&state=odd", "/state" + key + "&state=disabled&after=-1",
+		"/revoke" + key, "/rotate?key=absent", "/destroy-version" + key + "&version=9", "/fault?fault=odd", "/fault?fault=latency"} {
+		call("POST", bad, 400)
 	}
 }

@@ -223,6 +223,9 @@ func (s *Sim) SetState(ref string, state State) error {
 // service that takes a while to do as it was told.
 func (s *Sim) SetStateAfter(ref string, state State, uses int) error {
 	return s.change(ref, func(k *key) error {
+		if !known(state) {
+			return fmt.Errorf("state %q is not known", state)
+		}
 		k.later, k.usesLeft = state, uses
 		return nil
 	})
