@@ -145,7 +145,7 @@ func (c *call) ask(ctx context.Context, op string, data map[string]any) (map[str
 	var s *api.Secret
 	var err error
 	if data == nil {
-		s, err = c.client.Logical().ReadWithContext(ctx, path)
+		s, err = c.read(ctx, path)
 	} else {
 		s, err = c.client.Logical().WriteWithContext(ctx, path, data)
 	}
@@ -153,7 +153,7 @@ func (c *call) ask(ctx context.Context, op string, data map[string]any) (map[str
 		return nil, err
 	}
 	if s == nil {
-		return nil, errAbsent
+		return nil, errors.New("the answer is empty")
 	}
 	if s.RequestID != "" {
 		c.ids = append(c.ids, s.RequestID)
@@ -161,8 +161,18 @@ func (c *call) ask(ctx context.Context, op string, data map[string]any) (map[str
 	return s.Data, nil
 }
 
-// errAbsent: the client turns a 404 without errors into nothing at all.
-var errAbsent = errors.New("there is no such key")
+// read is the client's own, but that this one tells an empty 404, which anybody may give, from
+// the service's, whose list of errors is empty.
+func (c *call) read(ctx context.Context, path string) (*api.Secret, error) {
+	resp, err := c.client.Logical().ReadRawWithContext(ctx, path)
+	if resp != nil {
+		defer resp.Body.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return api.ParseSecret(resp.Body)
+}
 
 // key is what the service tells of a key.
 type key struct{ latest, oldest int }
@@ -272,7 +282,7 @@ func (p *Provider) CurrentVersion(ctx context.Context, cmk string) (version, req
 // of errors; 0: it gave none.
 func answered(err error) int {
 	var re *api.ResponseError
-	if errors.As(err, &re) && !re.RawError {
+	if errors.As(err, &re) && !re.RawError && re.Errors != nil {
 		return re.StatusCode
 	}
 	return 0
@@ -284,7 +294,7 @@ func answered(err error) int {
 func (c *call) refused(ctx context.Context, err error) error {
 	var re *api.ResponseError
 	switch status := answered(err); {
-	case errors.Is(err, errAbsent) || status == http.StatusNotFound:
+	case status == http.StatusNotFound:
 		return c.fail(keymgr.Denied, err)
 	case status == http.StatusForbidden:
 		if _, lookErr := c.client.Auth().Token().LookupSelfWithContext(ctx); lookErr != nil {
@@ -306,7 +316,7 @@ func (c *call) refused(ctx context.Context, err error) error {
 func (c *call) refusedVersion(ctx context.Context, version int, err error) error {
 	k, describeErr := c.describe(ctx)
 	switch {
-	case errors.Is(describeErr, errAbsent):
+	case answered(describeErr) == http.StatusNotFound:
 		return c.fail(keymgr.Denied, err)
 	case describeErr != nil:
 		return c.fail(keymgr.Unknown, fmt.Errorf("%w; and the key cannot be read: %w", err, describeErr))

@@ -1,7 +1,11 @@
 package transit
 
 import (
+	"encoding/pem"
 	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -83,6 +87,32 @@ func TestOnlyTheServiceIsHeard(t *testing.T) {
 	wantOutcome(t, "another authority", err, keymgr.Unreachable)
 	if calls := sim.Log(); len(calls) != 0 {
 		t.Errorf("calls over unverified TLS: %+v", calls)
+	}
+}
+
+// TestNotFoundBySomebodyElse: only the service's own list of errors, empty as it is, says that there
+// is no key; a proxy that does not know where to send the call does not.
+func TestNotFoundBySomebodyElse(t *testing.T) {
+	for body, isDenial := range map[string]bool{"": false, "<html>no such host</html>": false, "{}": false, `{"errors":[]}`: true} {
+		srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusNotFound)
+			_, _ = io.WriteString(w, body)
+		}))
+		ca := filepath.Join(t.TempDir(), "ca.pem")
+		if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p := open(t, Config{Address: srv.URL, CAFile: ca, TokenFile: tokenFile(t)})
+		ec := keymgr.EncryptionContext{Project: "p1", KEKVersion: 1}
+		_, wrapErr := p.Wrap(t.Context(), "transit/keys/orders", ec, []byte("x"))
+		_, unwrapErr := p.Unwrap(t.Context(), "transit/keys/orders", ec, []byte("vault:v1:AAAA"))
+		for _, err := range []error{wrapErr, unwrapErr} {
+			var pe *keymgr.ProviderError
+			if !errors.As(err, &pe) || (pe.Outcome == keymgr.Denied) != isDenial {
+				t.Errorf("404 with body %q: %v, a denial: %v", body, err, isDenial)
+			}
+		}
+		srv.Close()
 	}
 }
 
