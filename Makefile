@@ -6,8 +6,8 @@ export GOFLAGS ?= -trimpath
 FUZZTIME ?= 20s
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms)$$')
 
 .PHONY: run test build lint fmt vet staticcheck vuln unit e2e fuzz soak bench clean setup-run setup-test setup-suites test-postgres
 

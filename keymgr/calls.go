@@ -26,6 +26,8 @@ func (s *Server) callError(err error) error {
 	}
 	var pe *ProviderError
 	switch {
+	case errors.Is(err, ErrBadCMK):
+		return rpc.Error(codes.InvalidArgument, nil, "%v", err)
 	case errors.As(err, &pe) && pe.Outcome == Denied:
 		return refusal(lease.Denied, "%v", err)
 	case errors.As(err, &pe), errors.Is(err, seal.ErrWiped): // wiped meanwhile: why, the next lease tells

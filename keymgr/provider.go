@@ -87,6 +87,9 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
+// ErrBadCMK is wrapped by the error of a call with a CMK that no provider could have.
+var ErrBadCMK = errors.New("no such kind of CMK")
+
 // ProviderError is a failed call to a provider.
 type ProviderError struct {
 	Outcome   Outcome

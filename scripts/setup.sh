@@ -34,6 +34,9 @@ if [ "$purpose" = test ] || [ "$purpose" = suites ]; then
 	if [ -n "$pg_bin" ] && ! { [ -x "$pg_bin/pg_amcheck" ] && [ -x "$pg_bin/pgbench" ]; }; then
 		need "postgresql-client-$pg_major" "pg_amcheck, pg_dump and pgbench, by which the tests judge"
 	fi
+	if ! command -v softhsm2-util >/dev/null; then
+		need softhsm2 "the PKCS#11 token that keys in hardware are tested with"
+	fi
 	if ! command -v "${CC:-cc}" >/dev/null && ! command -v gcc >/dev/null; then
 		need gcc "Go's race detector needs a C compiler"
 		need libc6-dev "Go's race detector needs the C library's headers"

@@ -25,7 +25,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/keymgr"
-	"github.com/holdfastdb/holdfast/keymgr/localkms"
+	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
 	"github.com/holdfastdb/holdfast/manager"
 	"github.com/holdfastdb/holdfast/pageserver"
 	"github.com/holdfastdb/holdfast/safekeeper"
@@ -95,16 +95,34 @@ func (s *service) openRing(addr, node string) (keyring.Ring, error) {
 	return ring, nil
 }
 
+// openProviders opens the services that hold the CMKs, and refuses a list of CMKs that none
+// of them can have.
+func openProviders(cfg *config.Keymgr) (*kmsopen.Providers, error) {
+	if cfg.LocalKMS != "" {
+		if _, err := os.Stat(cfg.LocalKMS); err != nil {
+			return nil, fmt.Errorf("the development KMS: %w; `holdfast kms create` makes one", err)
+		}
+	}
+	// The clients take what they need of the context now and keep none of it.
+	providers, err := kmsopen.Open(context.Background(), cfg.LocalKMS, cfg.KMS)
+	if err != nil {
+		return nil, err
+	}
+	for _, cmk := range cfg.CMKs {
+		if err := providers.CheckKey(cmk); err != nil {
+			return nil, fmt.Errorf("cmks: %w", err)
+		}
+	}
+	return providers, nil
+}
+
 func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 	s := &service{}
 	store, err := openBucket(cfg.Bucket)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(cfg.LocalKMS); err != nil {
-		return nil, fmt.Errorf("the development KMS: %w; `holdfast kms create` makes one", err)
-	}
-	provider, err := localkms.Open(cfg.LocalKMS)
+	provider, err := openProviders(cfg)
 	if err != nil {
 		return nil, err
 	}

@@ -19,10 +19,60 @@ type Keymgr struct {
 	Listen        string        `yaml:"listen"`         // address, see internal/rpc
 	Dir           string        `yaml:"dir"`            // the audit log's folder
 	Bucket        string        `yaml:"bucket"`         // folder of the directory bucket
-	LocalKMS      string        `yaml:"local_kms"`      // file of the development KMS
+	LocalKMS      string        `yaml:"local_kms"`      // file of the development KMS; empty: none
+	KMS           KMS           `yaml:"kms,omitempty"`  // the customers' services
 	CMKs          []string      `yaml:"cmks"`           // the only keys of the KMS that projects may have; empty: any
 	CheckInterval time.Duration `yaml:"check_interval"` // how often the CMK is tried; 0: 5s
 	LeaseTTL      time.Duration `yaml:"lease_ttl"`      // how long a node may hold DEKs unrenewed; 0: 10s
+}
+
+// KMS says which key management services a key manager asks, by kind; nil: not that one.
+// Credentials are never here: they come from where the service's own client looks for them.
+type KMS struct {
+	AWS     *AWSKMS     `yaml:"aws,omitempty"`
+	Google  *GoogleKMS  `yaml:"gcp,omitempty"`
+	Azure   *AzureKMS   `yaml:"azure,omitempty"`
+	PKCS11  *PKCS11KMS  `yaml:"pkcs11,omitempty"`
+	Transit *TransitKMS `yaml:"vault,omitempty"`
+}
+
+// Any tells whether there is one.
+func (k *KMS) Any() bool { return *k != KMS{} }
+
+// AWSKMS is how AWS KMS is reached; all of it may be left out (aws: {}).
+type AWSKMS struct {
+	Region     string `yaml:"region,omitempty"`      // where role_arn is assumed; empty: as the SDK finds it. A key's ARN tells the key's
+	Endpoint   string `yaml:"endpoint,omitempty"`    // https URL in place of AWS's own
+	CAFile     string `yaml:"ca_file,omitempty"`     // the only authorities to trust; empty: the system's
+	RoleARN    string `yaml:"role_arn,omitempty"`    // a role to assume
+	ExternalID string `yaml:"external_id,omitempty"` // that the role's trust policy asks for
+}
+
+// GoogleKMS is how Google's Cloud KMS is reached; all of it may be left out (gcp: {}).
+type GoogleKMS struct {
+	Endpoint string `yaml:"endpoint,omitempty"` // HOST:PORT in place of Google's own
+	CAFile   string `yaml:"ca_file,omitempty"`  // the only authorities to trust; empty: the system's
+}
+
+// AzureKMS is how Azure Key Vault is reached; all of it may be left out (azure: {}).
+type AzureKMS struct {
+	CAFile string `yaml:"ca_file,omitempty"` // the only authorities to trust; empty: the system's
+	// PrivateCloud is for vaults and logins outside Microsoft's public clouds: names are not checked.
+	PrivateCloud bool `yaml:"private_cloud,omitempty"`
+}
+
+// PKCS11KMS is how the tokens of a PKCS#11 library are reached.
+type PKCS11KMS struct {
+	Module  string `yaml:"module"`   // the library's file
+	PINFile string `yaml:"pin_file"` // with the user's PIN, read for each call
+}
+
+// TransitKMS is how the transit engine of a Vault or OpenBao is reached.
+type TransitKMS struct {
+	Address   string `yaml:"address,omitempty"`    // https URL; empty: VAULT_ADDR or BAO_ADDR
+	CAFile    string `yaml:"ca_file,omitempty"`    // the only authorities to trust; empty: the system's
+	Namespace string `yaml:"namespace,omitempty"`  // empty: none
+	TokenFile string `yaml:"token_file,omitempty"` // with the token, read for each call, as an agent renews it; empty: VAULT_TOKEN or BAO_TOKEN
 }
 
 // Safekeeper configures one replica.
@@ -131,7 +181,10 @@ func (c *Keymgr) Validate() error {
 	if c.CheckInterval < 0 || c.LeaseTTL < 0 {
 		return errors.New("check_interval and lease_ttl cannot be negative")
 	}
-	return required(field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket}, field{"local_kms", c.LocalKMS})
+	if c.LocalKMS == "" && !c.KMS.Any() {
+		return errors.New("kms is missing: want a service to ask, such as aws, or local_kms, the development KMS's file")
+	}
+	return required(field{"listen", c.Listen}, field{"dir", c.Dir}, field{"bucket", c.Bucket})
 }
 
 // Validate says what is missing or cannot be.

@@ -5,6 +5,7 @@ package cluster
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -47,6 +48,10 @@ type Options struct {
 	// VerifyPages has the endpoint of a separate cluster compare the pages that it wrote with
 	// the pageserver's: see PageChecks.
 	VerifyPages bool
+	// KMS are the services that a separate cluster's key manager asks, and CMK is the first
+	// project's key; empty: the development KMS and its key.
+	KMS config.KMS
+	CMK string
 }
 
 // Cluster is a cluster that runs or can run.
@@ -168,6 +173,10 @@ func (c *Cluster) prepareSeparate() error {
 		return err
 	}
 	bucket, kms := filepath.Join(c.Data, "bucket"), filepath.Join(c.Data, "kms", "keys.json")
+	localKMS := kms
+	if c.opts.CMK != "" {
+		localKMS = ""
+	}
 	peers := make(map[uint64]string)
 	var addrs []string
 	for id := 1; id <= 3; id++ {
@@ -175,11 +184,11 @@ func (c *Cluster) prepareSeparate() error {
 		addrs = append(addrs, c.Socket(Safekeeper(id)))
 	}
 	configs := map[string]any{
-		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: kms},
+		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: localKMS, KMS: c.opts.KMS},
 		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.Socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
 			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, HistoryBytes: c.opts.HistoryBytes, VerifyRedo: c.opts.VerifyRedo},
 		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
-			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: "dev",
+			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: cmp.Or(c.opts.CMK, "dev"),
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
 			Settings: c.opts.Settings, CacheBytes: c.opts.CacheBytes, VerifyPages: c.opts.VerifyPages},
 	}
@@ -192,7 +201,7 @@ func (c *Cluster) prepareSeparate() error {
 			return err
 		}
 	}
-	if _, err := os.Stat(kms); err == nil {
+	if _, err := os.Stat(kms); err == nil || localKMS == "" {
 		return nil
 	}
 	if _, err := c.CLI(context.Background(), "kms", "create", "dev"); err != nil {

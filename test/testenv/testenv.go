@@ -4,6 +4,7 @@ package testenv
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -70,4 +71,30 @@ func TempDir(t testing.TB) string {
 		}
 	})
 	return dir
+}
+
+// GoBuild builds a program that a tools module pins, downloading what it is made of if need be.
+func GoBuild(t testing.TB, module, program string) (binary string) {
+	t.Helper()
+	binary = filepath.Join(t.TempDir(), filepath.Base(program))
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", binary, program)
+	cmd.Dir = module
+	t.Logf("building %s as %s/go.mod pins it; it is downloaded if it is not there", program, module)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		missing(t, "%s, which could not be built: %v\n%s", program, err, out)
+	}
+	return binary
+}
+
+// NeedSoftHSM needs SoftHSM 2, and gives its PKCS#11 library.
+func NeedSoftHSM(t testing.TB) (module string) {
+	t.Helper()
+	_, err := exec.LookPath("softhsm2-util")
+	for _, pattern := range []string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/*/softhsm/libsofthsm2.so", "/usr/lib*/pkcs11/libsofthsm2.so"} {
+		if found, _ := filepath.Glob(pattern); err == nil && len(found) > 0 {
+			return found[0]
+		}
+	}
+	missing(t, "SoftHSM 2 (Debian's package softhsm2)")
+	return ""
 }
