@@ -117,6 +117,10 @@ func Open(ctx context.Context, cfg Config) (*Timeline, error) {
 		t.Close()
 		return nil, fmt.Errorf("opening branch %s: %w", cfg.Branch, err)
 	}
+	if err := t.loadCopies(); err != nil {
+		t.Close()
+		return nil, fmt.Errorf("opening branch %s: reading which databases are copies: %w", cfg.Branch, err)
+	}
 	t.chores.add(t.sweepOrphans)
 	t.wg.Go(t.runFlusher)
 	t.wg.Go(t.runCompactor)
