@@ -90,13 +90,15 @@ type Core struct {
 	change []byte // the record as a change, made when it is first needed
 
 	refused map[pg.Oid]struct{}
+
+	maxSources int // a test has it lower
 }
 
 // New makes a Core that goes on from a stored state, which holds at lsn.
 func New(look Lookup, state State, lsn pg.LSN) *Core {
 	state.Origins = cloneOrigins(state.Origins)
 	return &Core{look: look, state: state, last: lsn, sizes: make(map[pg.RelTag]relation),
-		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{})}
+		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{}), maxSources: maxSources}
 }
 
 // State is the branch's state after the last record. Its maps are the Core's.
