@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -155,6 +156,47 @@ func TestMemtableWipeClearsTheArena(t *testing.T) {
 	}
 	if m.insert([]Entry{{pageKey(1), Value{LSN: 8, Kind: Image}}}) {
 		t.Error("a wiped table took a version")
+	}
+}
+
+// Flushing reads the sources of copies, which may be in the table that is flushed. A lock held
+// meanwhile, and a wipe between its two holders, made Close wait for ever.
+func TestAFrozenTableIsNotLockedWhileItIsFlushed(t *testing.T) {
+	var m memtable
+	var want []Entry
+	for i := range 600 {
+		size := 10 * i % 3000
+		if i == 599 {
+			size = 2 * lentBytes
+		}
+		want = append(want, Entry{pageKey(i / 200), Value{LSN: testStart + pg.LSN(i), Kind: Delta, Data: bytes.Repeat([]byte{byte(i)}, size)}})
+	}
+	m.insert(want)
+	var have []Entry
+	err := m.all(func(e Entry) error {
+		if !m.mu.TryLock() {
+			return errors.New("the table is locked")
+		}
+		m.mu.Unlock()
+		e.Data = bytes.Clone(e.Data)
+		have = append(have, e)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	same := func(a, b Entry) bool {
+		return a.Key == b.Key && a.LSN == b.LSN && a.Kind == b.Kind && bytes.Equal(a.Data, b.Data)
+	}
+	if !slices.EqualFunc(want, have, same) {
+		t.Errorf("the versions are not those that were put: %d, want %d", len(have), len(want))
+	}
+	err = m.all(func(Entry) error {
+		m.wipe()
+		return nil
+	})
+	if !errors.Is(err, errWiped) {
+		t.Errorf("a table that is wiped meanwhile gives %v, want %v", err, errWiped)
 	}
 }
 
