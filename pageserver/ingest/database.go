@@ -141,47 +141,53 @@ func (c *Core) sources(src keyspace.Dir) ([]timeline.Source, error) {
 	return append(list, older...), err
 }
 
-// copySizes gives dst the sizes of src's forks; also of the dropped ones, whose pages a copy
-// would show as src would. What dst was before is hidden by its being a copy.
+// copySizes gives dst the sizes of src's forks. Their graves are src's, whose pages a copy would
+// show as src would; and dst's own: while it is a copy they hide nothing, but they do when it
+// was dropped and is made again.
 func (c *Core) copySizes(dst, src keyspace.Dir) error {
 	c.put(keyspace.RelMap(dst.Tablespace, dst.Database), timeline.Tombstone, nil)
-	for _, kind := range []keyspace.Kind{keyspace.KindDropped, keyspace.KindRelSize} {
-		was, err := c.forks(kind, dst)
-		if err != nil {
-			return err
-		}
-		for _, f := range was {
-			if err := c.putFork(kind, f.tag, timeline.Tombstone, nil, relation{}); err != nil {
+	var tags []pg.RelTag
+	rels := make(map[pg.RelTag]relation)
+	for _, d := range []keyspace.Dir{dst, src} {
+		for _, kind := range []keyspace.Kind{keyspace.KindDropped, keyspace.KindRelSize} {
+			list, err := c.forks(kind, d)
+			if err != nil {
 				return err
+			}
+			for _, f := range list {
+				f.tag.Tablespace, f.tag.Database = dst.Tablespace, dst.Database
+				r, known := rels[f.tag]
+				if !known {
+					tags = append(tags, f.tag)
+				}
+				if kind == keyspace.KindRelSize && d == src {
+					r.exists, r.blocks = true, f.blocks
+				} else {
+					r.grave = max(r.grave, f.blocks)
+				}
+				rels[f.tag] = r
 			}
 		}
 	}
-	for _, kind := range []keyspace.Kind{keyspace.KindDropped, keyspace.KindRelSize} {
-		list, err := c.forks(kind, src)
-		if err != nil {
+	for _, tag := range tags {
+		if err := c.copySize(tag, rels[tag]); err != nil {
 			return err
-		}
-		for _, f := range list {
-			r := relation{exists: true, blocks: f.blocks}
-			if kind == keyspace.KindDropped {
-				r = relation{grave: f.blocks}
-			}
-			f.tag.Tablespace, f.tag.Database = dst.Tablespace, dst.Database
-			if err := c.putFork(kind, f.tag, timeline.Image, c.u32(f.blocks), r); err != nil {
-				return err
-			}
 		}
 	}
 	clear(c.marks)
 	return nil
 }
 
-func (c *Core) putFork(kind keyspace.Kind, tag pg.RelTag, value timeline.ValueKind, data []byte, r relation) error {
-	key := keyspace.RelSize(tag)
-	if kind == keyspace.KindDropped {
-		key = keyspace.Dropped(tag)
+// copySize stores what a fork is by being copied.
+func (c *Core) copySize(tag pg.RelTag, r relation) error {
+	if r.grave > 0 {
+		c.put(keyspace.Dropped(tag), timeline.Image, c.u32(r.grave))
 	}
-	c.put(key, value, data)
+	if r.exists {
+		c.put(keyspace.RelSize(tag), timeline.Image, c.u32(r.blocks))
+	} else {
+		c.put(keyspace.RelSize(tag), timeline.Tombstone, nil)
+	}
 	c.sizes[tag] = r
 	return c.stage()
 }
