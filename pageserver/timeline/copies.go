@@ -2,6 +2,7 @@ package timeline
 
 import (
 	"cmp"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -139,7 +140,7 @@ func (t *Timeline) noteCopiesLocked(entries []Entry) {
 }
 
 // loadCopies reads the Copy keys from the layers, before anything is put.
-func (t *Timeline) loadCopies() error {
+func (t *Timeline) loadCopies(ctx context.Context) error {
 	t.mu.Lock()
 	v := t.holdLocked()
 	t.mu.Unlock()
@@ -153,7 +154,7 @@ func (t *Timeline) loadCopies() error {
 	}
 	layers = appendBackward(layers, v.flushed)
 	from, to := keyspace.KindRange(keyspace.KindCopy)
-	m, err := t.newMerger(t.ctx, layers, from, to, false)
+	m, err := t.newMerger(ctx, layers, from, to, false)
 	if err != nil {
 		return err
 	}

@@ -117,7 +117,7 @@ func Open(ctx context.Context, cfg Config) (*Timeline, error) {
 		t.Close()
 		return nil, fmt.Errorf("opening branch %s: %w", cfg.Branch, err)
 	}
-	if err := t.loadCopies(); err != nil {
+	if err := t.loadCopies(ctx); err != nil {
 		t.Close()
 		return nil, fmt.Errorf("opening branch %s: reading which databases are copies: %w", cfg.Branch, err)
 	}

@@ -200,6 +200,35 @@ func TestAFrozenTableIsNotLockedWhileItIsFlushed(t *testing.T) {
 	}
 }
 
+// stalledStore answers no read of a layer, and tells when one is asked for.
+type stalledStore struct {
+	*memStore
+	asked func()
+}
+
+func (s stalledStore) GetRange(ctx context.Context, _ string, _ []byte, _ int64) (int, error) {
+	s.asked()
+	<-ctx.Done()
+	return 0, ctx.Err()
+}
+
+// Opening reads the Copy keys from the layers. A server that ends must not wait for a bucket
+// that does not answer.
+func TestOpenEndsWithItsContext(t *testing.T) {
+	r := filled(t, func(c *Config) { c.Dir = "" })
+	end := r.tl.LastLSN() + 8
+	note := Entry{keyspace.Copy(keyspace.Dir{Tablespace: 1663, Database: 5}), Value{LSN: end, Kind: Tombstone}}
+	if err := errors.Join(r.tl.Put(t.Context(), []Entry{note}, end), r.tl.Flush(t.Context()), r.tl.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.cfg.Store = stalledStore{r.store, cancel}
+	if _, err := Open(ctx, r.cfg); !errors.Is(err, context.Canceled) {
+		t.Errorf("opening gives %v, want %v", err, context.Canceled)
+	}
+}
+
 // TestBucketDown stops all writes for a while.
 func TestBucketDown(t *testing.T) {
 	var down atomic.Bool
