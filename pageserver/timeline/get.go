@@ -31,10 +31,7 @@ func (t *Timeline) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (Histo
 // history is what the versions of a key within the bounds of span make. If they have no base
 // it stands on what sources have; span's Dir does not count.
 func (t *Timeline) history(ctx context.Context, v *view, key keyspace.Key, span Source, sources []Source) (History, error) {
-	c := collector{above: span.Above}
-	if image := t.hot.get(key, span.UpTo); image != nil && image.LSN > span.Above {
-		c.floor = image
-	}
+	c := collector{above: span.Above, floor: t.hot.get(key, span.UpTo)}
 	if err := t.collect(ctx, v, key, span.UpTo, &c); err != nil {
 		return History{}, err
 	}
