@@ -420,6 +420,26 @@ func TestOrphans(t *testing.T) {
 	checkAll(t, r.tl, r.m, r.rng)
 }
 
+// TestOrphansAreNotWhatAReadHolds merges an older generation's layers, while a read holds them,
+// before the orphans are swept.
+func TestOrphansAreNotWhatAReadHolds(t *testing.T) {
+	r := filled(t, nil)
+	r.reopen()
+	r.tl.mu.Lock()
+	opened, v := r.tl.mu.manifest, r.tl.holdLocked()
+	r.tl.mu.Unlock()
+	defer r.tl.release(v)
+	if err := r.tl.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.tl.sweepOrphans(opened)
+	for i := range opened.Layers {
+		if _, err := r.store.Head(t.Context(), opened.Layers[i].Object); err != nil {
+			t.Errorf("layer %s: %v", opened.Layers[i].Object, err)
+		}
+	}
+}
+
 func TestOverADirectory(t *testing.T) {
 	store, err := dirblob.Open(t.TempDir())
 	if err != nil {
