@@ -22,18 +22,18 @@ func (c *Core) database() error {
 	f := c.main()
 	switch c.rec.Info & infoMask {
 	case createFileCopy:
-		dst := folder{database: f.oid(), tablespace: f.oid()}
-		src := folder{database: f.oid(), tablespace: f.oid()}
+		dst := keyspace.Dir{Database: f.oid(), Tablespace: f.oid()}
+		src := keyspace.Dir{Database: f.oid(), Tablespace: f.oid()}
 		if f.bad {
 			return errShort
 		}
 		return c.copyDatabase(dst, src)
 	case createWALLog:
-		dst := folder{database: f.oid(), tablespace: f.oid()}
+		dst := keyspace.Dir{Database: f.oid(), Tablespace: f.oid()}
 		if f.bad {
 			return errShort
 		}
-		c.put(keyspace.Database(dst.tablespace, dst.database), timeline.Image, []byte(VersionFile))
+		c.put(keyspace.Database(dst.Tablespace, dst.Database), timeline.Image, []byte(VersionFile))
 		return nil
 	case drop:
 		db, n := f.oid(), f.u32()
@@ -41,7 +41,7 @@ func (c *Core) database() error {
 			return errShort
 		}
 		for range n {
-			if err := c.dropDatabase(folder{database: db, tablespace: f.oid()}); err != nil {
+			if err := c.dropDatabase(keyspace.Dir{Database: db, Tablespace: f.oid()}); err != nil {
 				return err
 			}
 		}
@@ -50,73 +50,172 @@ func (c *Core) database() error {
 	return fmt.Errorf("unknown kind %#02x", c.rec.Info&infoMask)
 }
 
-// folder is a database's folder in a tablespace.
-type folder struct{ database, tablespace pg.Oid }
-
-// forks lists the forks in a folder. It reads what is stored: see Barrier.
-func (c *Core) forks(f folder) ([]pg.RelTag, error) {
-	var tags []pg.RelTag
-	from, to := keyspace.DatabaseRange(keyspace.KindRelSize, f.tablespace, f.database)
-	err := c.look.Scan(c.ctx, from, to, c.last, func(key keyspace.Key, _ timeline.Value) error {
-		k, err := keyspace.Parse(key)
-		tags = append(tags, k.Rel)
-		return err
-	})
-	return tags, err
+// A fork is a key of a kind that has a number of blocks: RelSize, or Dropped.
+type fork struct {
+	tag    pg.RelTag
+	blocks uint32
 }
 
-func (c *Core) dropDatabase(f folder) error {
-	tags, err := c.forks(f)
+// forks lists the forks in a folder. It reads what is stored: see Barrier.
+func (c *Core) forks(kind keyspace.Kind, d keyspace.Dir) ([]fork, error) {
+	var list []fork
+	from, to := keyspace.DatabaseRange(kind, d.Tablespace, d.Database)
+	err := c.look.Scan(c.ctx, from, to, c.last, func(key keyspace.Key, v timeline.Value) error {
+		k, err := keyspace.Parse(key)
+		if err != nil {
+			return err
+		}
+		blocks, err := ParseSize(&v)
+		list = append(list, fork{k.Rel, blocks})
+		return err
+	})
+	return list, err
+}
+
+func (c *Core) dropDatabase(d keyspace.Dir) error {
+	forks, err := c.forks(keyspace.KindRelSize, d)
 	if err != nil {
 		return err
 	}
-	for _, tag := range tags {
-		if err := c.drop(tag); err != nil {
+	c.put(keyspace.Copy(d), timeline.Tombstone, nil)
+	for _, f := range forks {
+		if err := c.drop(f.tag); err != nil {
 			return err
 		}
 	}
 	clear(c.marks)
-	c.put(keyspace.Database(f.tablespace, f.database), timeline.Tombstone, nil)
-	c.put(keyspace.RelMap(f.tablespace, f.database), timeline.Tombstone, nil)
+	c.put(keyspace.Database(d.Tablespace, d.Database), timeline.Tombstone, nil)
+	c.put(keyspace.RelMap(d.Tablespace, d.Database), timeline.Tombstone, nil)
 	return nil
 }
 
-// copyDatabase makes a folder as a copy of another, as both stand before the record: each
-// page becomes an image.
-func (c *Core) copyDatabase(dst, src folder) error {
+// maxSources bounds how many folders a page may have to be looked for in: a copy of a copy of
+// a copy, so many times, is made page by page.
+const maxSources = 32
+
+// copyDatabase makes a folder as a copy of another, as both stand before the record. Sizes
+// are copied, pages are not: the Copy key says where they are (docs/decisions/0010).
+func (c *Core) copyDatabase(dst, src keyspace.Dir) error {
 	if dst == src {
-		return fmt.Errorf("database %d is copied over itself", src.database)
+		return fmt.Errorf("database %d is copied over itself", src.Database)
 	}
-	if err := c.dropDatabase(dst); err != nil {
-		return err
-	}
-	tags, err := c.forks(src)
+	sources, err := c.sources(src)
 	if err != nil {
 		return err
 	}
-	for _, tag := range tags {
-		if err := c.copyFork(dst, tag); err != nil {
-			return err
-		}
+	paged := len(sources) > c.maxSources
+	if paged {
+		err = c.copyPages(dst, src)
+	} else {
+		err = c.copySizes(dst, src)
 	}
-	h, err := c.look.Get(c.ctx, keyspace.RelMap(src.tablespace, src.database), c.last)
+	if err != nil {
+		return err
+	}
+	h, err := c.look.Get(c.ctx, keyspace.RelMap(src.Tablespace, src.Database), c.last)
 	if err != nil {
 		return err
 	}
 	if h.Base != nil {
-		c.put(keyspace.RelMap(dst.tablespace, dst.database), timeline.Image, append([]byte(nil), h.Base.Data...))
+		c.put(keyspace.RelMap(dst.Tablespace, dst.Database), timeline.Image, append([]byte(nil), h.Base.Data...))
 	}
-	c.put(keyspace.Database(dst.tablespace, dst.database), timeline.Image, []byte(VersionFile))
+	c.put(keyspace.Database(dst.Tablespace, dst.Database), timeline.Image, []byte(VersionFile))
+	if !paged { // last, so that nothing of the copy is staged above it
+		c.put(keyspace.Copy(dst), timeline.Image, timeline.MarshalSources(sources))
+	}
 	return nil
 }
 
-func (c *Core) copyFork(dst folder, from pg.RelTag) error {
+// sources is where the pages of a copy of src are.
+func (c *Core) sources(src keyspace.Dir) ([]timeline.Source, error) {
+	h, err := c.look.Get(c.ctx, keyspace.Copy(src), c.last)
+	if err != nil {
+		return nil, err
+	}
+	list := []timeline.Source{{Dir: src, UpTo: c.rec.End}}
+	if h.Base == nil {
+		return list, nil
+	}
+	older, err := timeline.ParseSources(h.Base.Data)
+	list[0].Above = h.Base.LSN
+	return append(list, older...), err
+}
+
+// copySizes gives dst the sizes of src's forks. Their graves are src's, whose pages a copy would
+// show as src would; and dst's own: while it is a copy they hide nothing, but they do when it
+// was dropped and is made again.
+func (c *Core) copySizes(dst, src keyspace.Dir) error {
+	c.put(keyspace.RelMap(dst.Tablespace, dst.Database), timeline.Tombstone, nil)
+	var tags []pg.RelTag
+	rels := make(map[pg.RelTag]relation)
+	for _, d := range []keyspace.Dir{dst, src} {
+		for _, kind := range []keyspace.Kind{keyspace.KindDropped, keyspace.KindRelSize} {
+			list, err := c.forks(kind, d)
+			if err != nil {
+				return err
+			}
+			for _, f := range list {
+				f.tag.Tablespace, f.tag.Database = dst.Tablespace, dst.Database
+				r, known := rels[f.tag]
+				if !known {
+					tags = append(tags, f.tag)
+				}
+				if kind == keyspace.KindRelSize && d == src {
+					r.exists, r.blocks = true, f.blocks
+				} else {
+					r.grave = max(r.grave, f.blocks)
+				}
+				rels[f.tag] = r
+			}
+		}
+	}
+	for _, tag := range tags {
+		if err := c.copySize(tag, rels[tag]); err != nil {
+			return err
+		}
+	}
+	clear(c.marks)
+	return nil
+}
+
+// copySize stores what a fork is by being copied.
+func (c *Core) copySize(tag pg.RelTag, r relation) error {
+	if r.grave > 0 {
+		c.put(keyspace.Dropped(tag), timeline.Image, c.u32(r.grave))
+	}
+	if r.exists {
+		c.put(keyspace.RelSize(tag), timeline.Image, c.u32(r.blocks))
+	} else {
+		c.put(keyspace.RelSize(tag), timeline.Tombstone, nil)
+	}
+	c.sizes[tag] = r
+	return c.stage()
+}
+
+// copyPages makes an image of each page.
+func (c *Core) copyPages(dst, src keyspace.Dir) error {
+	if err := c.dropDatabase(dst); err != nil {
+		return err
+	}
+	forks, err := c.forks(keyspace.KindRelSize, src)
+	if err != nil {
+		return err
+	}
+	for _, f := range forks {
+		if err := c.copyFork(dst, f.tag); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Core) copyFork(dst keyspace.Dir, from pg.RelTag) error {
 	r, err := c.relation(from)
 	if err != nil {
 		return err
 	}
 	to := from
-	to.Tablespace, to.Database = dst.tablespace, dst.database
+	to.Tablespace, to.Database = dst.Tablespace, dst.Database
 	had, err := c.relation(to)
 	if err != nil {
 		return err

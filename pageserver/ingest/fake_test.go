@@ -29,20 +29,45 @@ func (p *past) put(entries []timeline.Entry) {
 	}
 }
 
-func (p *past) Get(_ context.Context, key keyspace.Key, lsn pg.LSN) (h timeline.History, err error) {
+// Get finds the pages of a copy, too, in the way that the timeline is to find them.
+func (p *past) Get(_ context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error) {
+	dir, _ := key.PageDir()
+	note, _ := p.newest(keyspace.Copy(dir), 0, lsn)
+	if note.Base == nil || key[0] != byte(keyspace.KindRelPage) {
+		h, _ := p.newest(key, 0, lsn)
+		return h, nil
+	}
+	h, whole := p.newest(key, note.Base.LSN, lsn)
+	under := &h
+	sources, err := timeline.ParseSources(note.Base.Data)
+	for _, s := range sources {
+		if whole {
+			break
+		}
+		under.Origin = &timeline.Origin{Key: key.In(s.Dir)}
+		under.Origin.History, whole = p.newest(under.Origin.Key, s.Above, s.UpTo)
+		under = &under.Origin.History
+	}
+	return h, err
+}
+
+// newest gives the versions of (above, lsn], back to a base; whole tells that they need no more.
+func (p *past) newest(key keyspace.Key, above, lsn pg.LSN) (h timeline.History, whole bool) {
 	for _, v := range slices.Backward(p.versions[key]) {
 		switch {
 		case v.LSN > lsn:
+		case v.LSN <= above:
+			return h, false
 		case v.Kind == timeline.Tombstone:
-			return h, nil
+			return h, true
 		case v.Kind == timeline.Delta:
 			h.Changes = slices.Insert(h.Changes, 0, v)
 		default:
 			h.Base = &v
-			return h, nil
+			return h, true
 		}
 	}
-	return h, nil
+	return h, false
 }
 
 func (p *past) Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error {

@@ -94,13 +94,16 @@ type Core struct {
 
 	refused map[pg.Oid]struct{} // tablespaces
 	foreign map[uint8]struct{}  // resource managers
+
+	maxSources int // a test has it lower
 }
 
 // New makes a Core that goes on from a stored state, which holds at lsn.
 func New(look Lookup, state State, lsn pg.LSN) *Core {
 	state.Origins = cloneOrigins(state.Origins)
 	return &Core{look: look, state: state, last: lsn, sizes: make(map[pg.RelTag]relation),
-		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{}), foreign: make(map[uint8]struct{})}
+		slru: make(map[pg.SLRUKind]extents), marks: make(map[mark]struct{}), refused: make(map[pg.Oid]struct{}), foreign: make(map[uint8]struct{}),
+		maxSources: maxSources}
 }
 
 // State is the branch's state after the last record. Its maps are the Core's.

@@ -206,6 +206,7 @@ func TestHeapRecordsClearMapsAndAreFollowed(t *testing.T) {
 
 func TestFileCopyOfAPageWithoutRedo(t *testing.T) {
 	b := newBench(t)
+	b.core.maxSources = 0 // each page is copied
 	b.apply(rmBtree, 0, 1000, nil, initBlock(rel(100), 0))
 	b.pageErr = &redo.UnsupportedError{Record: "Gin/INSERT"}
 	b.apply(rmDBase, 0x00, 1000, words(6, 1663, 5, 1663))

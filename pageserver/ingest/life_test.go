@@ -2,6 +2,7 @@ package ingest
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"testing"
 
@@ -217,5 +218,65 @@ func TestMemberTruncationWrapsAround(t *testing.T) {
 	b.apply(rmMultiXact, multiTruncate, 0, words(5, 1, 2, 0xFFFFFF00, 40*membersPerPage))
 	if have := b.slruPages(pg.MultiXactMembers); !slices.Equal(have, []uint32{40}) {
 		t.Errorf("pages %v are left, want 40", have)
+	}
+}
+
+// P1: what was at the place of a copy before it does not show after the copy was dropped,
+// either.
+func TestPagesFromBeforeACopyStayHiddenAfterIt(t *testing.T) {
+	const size = maxZeroed + 20
+	place := words(6, 1663)
+	copied, dropped := words(6, 1663, 5, 1663), words(6, 1, 1663)
+	for _, c := range []struct {
+		name     string
+		inSource bool // the source has a relation of that number, too, a smaller one
+		then     func(b *bench, tag pg.RelTag)
+	}{
+		{"dropped before", false, func(b *bench, _ pg.RelTag) {
+			b.apply(rmDBase, 0x20, 1000, dropped)
+			b.apply(rmDBase, 0x00, 1000, copied)
+		}},
+		{"replaced", false, func(b *bench, _ pg.RelTag) { b.apply(rmDBase, 0x00, 1000, copied) }},
+		{"replaced by a smaller one", true, func(b *bench, _ pg.RelTag) { b.apply(rmDBase, 0x00, 1000, copied) }},
+		{"that changes", true, func(b *bench, tag pg.RelTag) {
+			b.apply(rmDBase, 0x00, 1000, copied)
+			b.apply(rmGin, 0, 1000, nil, initBlock(tag, 3))
+		}},
+		{"that is cut", true, func(b *bench, tag pg.RelTag) {
+			b.apply(rmDBase, 0x00, 1000, copied)
+			b.apply(rmSMGR, smgrTruncate, 1000, truncation(tag, 1, truncateHeap))
+		}},
+		{"that is dropped", true, func(b *bench, tag pg.RelTag) {
+			b.apply(rmDBase, 0x00, 1000, copied)
+			b.apply(rmXact, 0x80, 1000, append(make([]byte, 8), words(1<<2, 1, uint32(tag.Tablespace), uint32(tag.Database), uint32(tag.Relation))...))
+		}},
+		{"twice", true, func(b *bench, _ pg.RelTag) {
+			b.apply(rmDBase, 0x00, 1000, copied)
+			b.apply(rmDBase, 0x00, 1000, copied)
+		}},
+	} {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprint(c.name, ", restart ", restart), func(t *testing.T) {
+				b, tag := newBench(t), rel(100)
+				if c.inSource {
+					b.full(tag, 2, 0xAA)
+				}
+				tag.Database = 6
+				b.apply(rmDBase, 0x10, 1000, place)
+				b.full(tag, size, 0xBB)
+				c.then(b, tag)
+				if restart {
+					b.restart()
+				}
+				b.apply(rmDBase, 0x20, 1000, dropped)
+				b.apply(rmDBase, 0x10, 1000, place)
+				b.apply(rmGin, 0, 1000, nil, initBlock(tag, size-1))
+				for block := range pg.BlockNumber(size - 1) {
+					if have := b.fill(tag, block, b.at); have != 0 {
+						t.Fatalf("block %d of a new relation has %#02x of an old one", block, have)
+					}
+				}
+			})
+		}
 	}
 }

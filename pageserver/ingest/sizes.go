@@ -16,7 +16,10 @@ import (
 type relation struct {
 	exists bool
 	blocks uint32
-	grave  uint32 // if it does not exist: pages of an earlier life that would show
+	// grave is how many pages of an earlier life would show if it came back. If it exists they
+	// are hidden; in a copy of a database not by tombstones, so that its grave is still stored.
+	// Then it is known here only since the copy was made: drop looks.
+	grave uint32
 }
 
 // ParseSize reads a RelSize or Dropped value.
@@ -60,9 +63,10 @@ func (c *Core) resize(tag pg.RelTag, r relation, blocks uint32) error {
 			return err
 		}
 		c.put(keyspace.Dropped(tag), timeline.Tombstone, nil)
+		r.grave = 0
 	}
 	c.put(keyspace.RelSize(tag), timeline.Image, c.u32(blocks))
-	c.sizes[tag] = relation{exists: true, blocks: blocks}
+	c.sizes[tag] = relation{exists: true, blocks: blocks, grave: r.grave}
 	return nil
 }
 
@@ -126,11 +130,16 @@ func (c *Core) drop(tag pg.RelTag) error {
 	if err != nil || !r.exists {
 		return err
 	}
-	c.put(keyspace.RelSize(tag), timeline.Tombstone, nil)
-	if r.blocks > 0 {
-		c.put(keyspace.Dropped(tag), timeline.Image, c.u32(r.blocks))
+	stored, _, err := c.lookSize(keyspace.Dropped(tag))
+	if err != nil {
+		return err
 	}
-	c.sizes[tag] = relation{grave: r.blocks}
+	grave := max(r.blocks, r.grave, stored)
+	c.put(keyspace.RelSize(tag), timeline.Tombstone, nil)
+	if grave > 0 {
+		c.put(keyspace.Dropped(tag), timeline.Image, c.u32(grave))
+	}
+	c.sizes[tag] = relation{grave: grave}
 	return c.stage()
 }
 

@@ -9,6 +9,7 @@
 //	kind      SLRU kind   0         0         0     page         SLRU page, list of an area's pages
 //	kind      tablespace  database  0         0     0            a database's folder
 //	kind      tablespace  database  0         0     0            a relation map (pg_filenode.map)
+//	kind      tablespace  database  0         0     0            what a database's folder is a copy of
 //	kind      0           0         0         0     xid          a two-phase state file
 //	kind      first 17 bytes of SHA-256 of the path              a file that WAL does not know
 //	kind      0           0         0         0     0            the branch's counters (checkpoint)
@@ -47,13 +48,14 @@ const (
 	KindSLRUExtents                 // value: the pages that exist, as pairs (first, last) of 4 bytes little-endian
 	KindSLRUPage                    // value: a page
 	KindRelPage                     // value: a page
+	KindCopy                        // value: where a copied folder's pages are (timeline.MarshalSources)
 	kindEnd
 )
 
 // Parsed is what a Key says.
 type Parsed struct {
 	Kind  Kind
-	Rel   pg.RelTag // RelPage, RelSize; its Tablespace and Database also for Database and RelMap
+	Rel   pg.RelTag // RelPage, RelSize; its Tablespace and Database also for Database, RelMap and Copy
 	Block pg.BlockNumber
 	SLRU  pg.SLRUKind
 	Page  uint32 // of the SLRU
@@ -65,7 +67,7 @@ func Parse(k Key) (Parsed, error) {
 	p := Parsed{Kind: Kind(k[0])}
 	last := binary.BigEndian.Uint32(k[14:])
 	switch p.Kind {
-	case KindRelPage, KindRelSize, KindDropped, KindDatabase, KindRelMap:
+	case KindRelPage, KindRelSize, KindDropped, KindDatabase, KindRelMap, KindCopy:
 		p.Rel = pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: pg.Oid(binary.BigEndian.Uint32(k[1:])),
 			Database: pg.Oid(binary.BigEndian.Uint32(k[5:])), Relation: pg.Oid(binary.BigEndian.Uint32(k[9:]))},
 			Fork: pg.ForkNumber(k[13])}
@@ -101,6 +103,35 @@ func RelSize(tag pg.RelTag) Key { return relKey(KindRelSize, tag, 0) }
 // Dropped is the key of what is remembered of a fork after it was dropped: how many pages of
 // old life have to be hidden should its number come back.
 func Dropped(tag pg.RelTag) Key { return relKey(KindDropped, tag, 0) }
+
+// A Dir is a database's folder in a tablespace.
+type Dir struct{ Tablespace, Database pg.Oid }
+
+// Copy is the key of what a folder is a copy of.
+func Copy(d Dir) Key {
+	return relKey(KindCopy, pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: d.Tablespace, Database: d.Database}}, 0)
+}
+
+// PageDir is the folder that a relation's page is in; ok is false for other keys.
+func (k Key) PageDir() (d Dir, ok bool) {
+	return k.dir(), Kind(k[0]) == KindRelPage
+}
+
+// CopyDir is the folder that a Copy key is of; ok is false for other keys.
+func (k Key) CopyDir() (d Dir, ok bool) {
+	return k.dir(), Kind(k[0]) == KindCopy
+}
+
+func (k Key) dir() Dir {
+	return Dir{pg.Oid(binary.BigEndian.Uint32(k[1:])), pg.Oid(binary.BigEndian.Uint32(k[5:]))}
+}
+
+// In is the key of the same thing in another folder.
+func (k Key) In(d Dir) Key {
+	binary.BigEndian.PutUint32(k[1:], uint32(d.Tablespace))
+	binary.BigEndian.PutUint32(k[5:], uint32(d.Database))
+	return k
+}
 
 // Database is the key of a database's folder.
 func Database(tablespace, database pg.Oid) Key {

@@ -30,6 +30,8 @@ func TestGoldenKeys(t *testing.T) {
 		{SLRUExtents(1), "08 00000001 00000000 00000000 00 00000000", Parsed{Kind: KindSLRUExtents, SLRU: 1}},
 		{SLRUPage(1, 258), "09 00000001 00000000 00000000 00 00000102", Parsed{Kind: KindSLRUPage, SLRU: 1, Page: 258}},
 		{RelPage(tag, 0xfffffffe), "0a 0000067f 00000005 00004000 02 fffffffe", Parsed{Kind: KindRelPage, Rel: tag, Block: 0xfffffffe}},
+		{Copy(Dir{1663, 5}), "0b 0000067f 00000005 00000000 00 00000000",
+			Parsed{Kind: KindCopy, Rel: pg.RelTag{RelFileNode: pg.RelFileNode{Tablespace: 1663, Database: 5}}}},
 	} {
 		k := hex.EncodeToString(c.key[:])
 		got := k[:2] + " " + k[2:10] + " " + k[10:18] + " " + k[18:26] + " " + k[26:28] + " " + k[28:]
@@ -47,6 +49,27 @@ func TestGoldenKeys(t *testing.T) {
 	for _, kind := range []byte{0, byte(kindEnd), 255} {
 		if _, err := Parse(Key{kind}); err == nil {
 			t.Errorf("a key of kind %d is parsed", kind)
+		}
+	}
+}
+
+func TestFoldersOfKeys(t *testing.T) {
+	moved := tag
+	moved.Tablespace, moved.Database = 1700, 9
+	d := Dir{Tablespace: 1700, Database: 9}
+	if k := RelPage(tag, 7).In(d); k != RelPage(moved, 7) {
+		t.Errorf("the page in another folder has key %x, want %x", k, RelPage(moved, 7))
+	}
+	if got, ok := RelPage(moved, 7).PageDir(); !ok || got != d {
+		t.Errorf("the page is in folder %v, %v; want %v", got, ok, d)
+	}
+	if got, ok := Copy(d).CopyDir(); !ok || got != d {
+		t.Errorf("the Copy key is of folder %v, %v; want %v", got, ok, d)
+	}
+	for _, k := range []Key{RelSize(tag), SLRUPage(1, 2)} {
+		_, page := k.PageDir()
+		if _, ok := k.CopyDir(); ok || page {
+			t.Errorf("key %x is taken for a page's or a copy's", k)
 		}
 	}
 }

@@ -103,14 +103,33 @@ type builder struct {
 	follow []byte // of a bottom free space map page: a bit for each slot that follows its heap block; nil: none
 }
 
-func (b *builder) replay(h *timeline.History) error {
-	if err := b.base(h.Base); err != nil {
+func (b *builder) replay(h *timeline.History) (err error) {
+	if h.Origin != nil {
+		err = b.origin(h.Origin)
+	} else {
+		err = b.base(h.Base)
+	}
+	if err != nil {
 		return err
 	}
 	for i := range h.Changes {
 		if err := b.apply(h.Changes[i].Data, h.Changes[i].LSN); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// origin makes the page that this one was copied from, under its own key: its records name it
+// by that. Slots of a free space map go on to follow: the copy's heap from here on.
+func (b *builder) origin(o *timeline.Origin) (err error) {
+	own := b.key
+	defer func() { b.key = own }()
+	if b.key, err = keyspace.Parse(o.Key); err != nil {
+		return err
+	}
+	if err := b.replay(&o.History); err != nil {
+		return fmt.Errorf("copied from block %d of %v: %w", b.key.Block, b.key.Rel, err)
 	}
 	return nil
 }

@@ -69,14 +69,14 @@ func (t *Timeline) deleteLayer(object string) {
 
 // sweepOrphans deletes layer files that an older generation wrote and that did not come into
 // the manifest: after this generation's manifest was written, they cannot (P2). Files of
-// this generation or a newer one are left alone.
-func (t *Timeline) sweepOrphans() {
-	t.mu.Lock()
+// this generation or a newer one are left alone. What was in the manifest that was opened is
+// not an orphan even if it was merged since: a read may hold it (P3), and the last one's end
+// deletes it.
+func (t *Timeline) sweepOrphans(opened *manifest) {
 	known := make(map[string]bool)
-	for i := range t.mu.manifest.Layers {
-		known[t.mu.manifest.Layers[i].Object] = true
+	for i := range opened.Layers {
+		known[opened.Layers[i].Object] = true
 	}
-	t.mu.Unlock()
 	var orphans []string
 	err := t.cfg.Store.List(t.ctx, t.cfg.layerPrefix(), func(info blob.Info) error {
 		g, ok := t.cfg.generationOf(info.Key)

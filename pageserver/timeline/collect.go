@@ -14,24 +14,32 @@ type collector struct {
 	// only once such a version is met: if there is none, a Tombstone above it was, and was
 	// dropped by compaction together with all that it hid.
 	floor *Value
+	// above bounds the versions that count: what is at or below it belongs to a folder that
+	// was at the same place before.
+	above pg.LSN
 	done  bool // no older version is needed
+	whole bool // nothing shows through from below the versions: there is a base, or a Tombstone
 	buf   []byte
 }
 
 // add takes the next older version and tells whether it was the last one needed.
 func (c *collector) add(lsn pg.LSN, kind ValueKind, data []byte) bool {
+	if lsn <= c.above {
+		c.done = true
+		return true
+	}
 	if c.floor != nil && lsn <= c.floor.LSN {
-		c.history.Base, c.done = c.floor, true
+		c.history.Base, c.done, c.whole = c.floor, true, true
 		return true
 	}
 	switch kind {
 	case Delta:
 		c.history.Changes = append(c.history.Changes, Value{LSN: lsn, Kind: kind, Data: c.copy(data)})
 	case Tombstone:
-		c.done = true
+		c.done, c.whole = true, true
 	default:
 		c.history.Base = &Value{LSN: lsn, Kind: kind, Data: c.copy(data)}
-		c.done = true
+		c.done, c.whole = true, true
 	}
 	return c.done
 }

@@ -85,6 +85,7 @@ type compaction struct {
 	ctx     context.Context
 	v       *view
 	cutoff  pg.LSN
+	dirs    map[keyspace.Dir]dirPlan
 	plan    compactionPlan
 	handles map[string]*handle
 	outputs []layerDesc
@@ -108,6 +109,7 @@ func (t *Timeline) newCompaction(ctx context.Context) (*compaction, error) {
 	t.mu.cutoff = c.cutoff
 	layers := t.mu.manifest.Layers
 	t.mu.Unlock()
+	c.dirs = c.v.copies.plan(c.cutoff)
 	for _, h := range c.v.handles() {
 		c.handles[h.desc.Object] = h
 	}
@@ -225,21 +227,22 @@ func (c *compaction) partition(p *partPlan) error {
 }
 
 func (c *compaction) folder(p *partPlan) *folder {
-	f := &folder{cutoff: c.cutoff, lowest: p.fold, imageAfter: c.t.cfg.ImageAfter,
-		materialize: c.t.cfg.Materialize, emit: c.emit, below: c.below}
+	f := &folder{cutoff: c.cutoff, dirs: c.dirs, lowest: p.fold, imageAfter: c.t.cfg.ImageAfter,
+		materialize: c.t.cfg.Materialize, emit: c.emit}
+	f.below = func(key keyspace.Key, l *life) (History, error) {
+		return c.t.below(c.ctx, c.v, key, l, func(col *collector) error {
+			if f.lowest {
+				return nil
+			}
+			return c.t.collectPartition(c.ctx, c.v, key, maxLSN, col)
+		})
+	}
 	c.level = levelBase
 	if !p.fold {
 		f.imageAfter *= flushImageAfter
 		c.level = levelChanges
 	}
 	return f
-}
-
-// below is what the partition's stack and base have of a key.
-func (c *compaction) below(key keyspace.Key) (History, error) {
-	var col collector
-	err := c.t.collectPartition(c.ctx, c.v, key, maxLSN, &col)
-	return col.result(), err
 }
 
 // emit writes to the output under way. An output ends between two keys.

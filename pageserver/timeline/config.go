@@ -37,7 +37,7 @@ type Config struct {
 	// Dir is a folder of this timeline alone for the local, sealed copies of layers. Empty:
 	// none are kept.
 	Dir string
-	// Materialize makes a value from its history, which has a base. After an error the
+	// Materialize makes a value from its history, which has a base or an origin. After an error the
 	// key keeps its changes. Nil: no images are made. It is called concurrently, in the
 	// background and by Get for long histories; it may keep nothing it is given, and
 	// gives its result away.

@@ -13,6 +13,8 @@
 // after a restart. The layer files' local copies hold the same sealed bytes as the bucket
 // and may be deleted at any time.
 //
+// A folder of pages may be a copy of another one without a version of its own: see copies.go.
+//
 // The caller's duties, in order: Create or Open; put again from DurableLSN on; Put from one
 // goroutine; Close. When the project's key is revoked the timeline drops all it holds and
 // every call gives an error that wraps keyring.ErrRevoked; when another server has

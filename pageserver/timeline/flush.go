@@ -115,11 +115,9 @@ func (t *Timeline) writeFrozen(m *memtable) (layerDesc, error) {
 	if err != nil {
 		return layerDesc{}, err
 	}
-	f := &folder{imageAfter: flushImageAfter * t.cfg.ImageAfter, materialize: t.cfg.Materialize, emit: b.add,
-		below: func(key keyspace.Key) (History, error) {
-			var c collector
-			err := t.collectFiles(t.ctx, v, key, maxLSN, &c)
-			return c.result(), err
+	f := &folder{dirs: v.copies.plan(0), imageAfter: flushImageAfter * t.cfg.ImageAfter, materialize: t.cfg.Materialize, emit: b.add,
+		below: func(key keyspace.Key, l *life) (History, error) {
+			return t.below(t.ctx, v, key, l, func(c *collector) error { return t.collectFiles(t.ctx, v, key, maxLSN, c) })
 		}}
 	err = m.all(func(e Entry, ofKey int) error {
 		if ofKey >= f.imageAfter {

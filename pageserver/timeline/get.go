@@ -17,12 +17,8 @@ func (t *Timeline) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (Histo
 		return History{}, err
 	}
 	defer t.release(v)
-	c := collector{floor: t.hot.get(key, lsn)}
-	err = t.collect(ctx, v, key, lsn, &c)
-	h := c.result()
-	if err == nil {
-		h = t.shorten(key, h)
-	}
+	above, sources := v.copies.at(key, lsn)
+	h, err := t.history(ctx, v, key, Source{Above: above, UpTo: lsn}, sources)
 	if failed := t.Err(); failed != nil { // what was read may have been wiped meanwhile
 		return History{}, failed
 	}
@@ -32,10 +28,54 @@ func (t *Timeline) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (Histo
 	return h, nil
 }
 
+// history is what the versions of a key within the bounds of span make. If they have no base
+// it stands on what sources have; span's Dir does not count.
+func (t *Timeline) history(ctx context.Context, v *view, key keyspace.Key, span Source, sources []Source) (History, error) {
+	c := collector{above: span.Above, floor: t.hot.get(key, span.UpTo)}
+	if err := t.collect(ctx, v, key, span.UpTo, &c); err != nil {
+		return History{}, err
+	}
+	h, err := t.complete(ctx, v, key, &c, sources)
+	if err != nil {
+		return History{}, err
+	}
+	return t.shorten(key, h), nil
+}
+
+// complete puts what was collected of a key on top of what sources have, if it needs that.
+func (t *Timeline) complete(ctx context.Context, v *view, key keyspace.Key, c *collector, sources []Source) (History, error) {
+	h := c.result()
+	if c.whole || len(sources) == 0 {
+		return h, nil
+	}
+	from := key.In(sources[0].Dir)
+	below, err := t.history(ctx, v, from, sources[0], sources[1:])
+	if below.Base != nil || len(below.Changes) > 0 {
+		h.Origin = &Origin{from, below}
+	} else {
+		h.Origin = below.Origin
+	}
+	return h, err
+}
+
+// below is what the changes of a key in a life stand on: what collect finds of the key, and
+// the sources.
+func (t *Timeline) below(ctx context.Context, v *view, key keyspace.Key, l *life, collect func(*collector) error) (History, error) {
+	var c collector
+	var sources []Source
+	if l != nil {
+		c.above, sources = l.above, l.sources
+	}
+	if err := collect(&c); err != nil {
+		return History{}, err
+	}
+	return t.complete(ctx, v, key, &c, sources)
+}
+
 // shorten makes one image of a very long history, and remembers it for the next read.
 func (t *Timeline) shorten(key keyspace.Key, h History) History {
 	n := len(h.Changes)
-	if h.Base == nil || t.cfg.Materialize == nil || n < flushImageAfter*t.cfg.ImageAfter {
+	if !h.hasBase() || t.cfg.Materialize == nil || n < flushImageAfter*t.cfg.ImageAfter {
 		return h
 	}
 	data, err := t.cfg.Materialize(key, h)

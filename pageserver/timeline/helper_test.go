@@ -158,6 +158,9 @@ func evaluate(h History) string {
 		return "absent"
 	}
 	s := "none:"
+	if h.Origin != nil {
+		s = "copy of " + evaluate(h.Origin.History) + ":"
+	}
 	if h.Base != nil {
 		s = string(h.Base.Data)
 	}
@@ -171,7 +174,7 @@ var errUnsupported = errors.New("no redo for this record")
 
 // materialize fails for keys of odd blocks whose changes contain an x.
 func materialize(key keyspace.Key, h History) ([]byte, error) {
-	if h.Base == nil {
+	if !h.hasBase() {
 		return nil, errors.New("no base")
 	}
 	s := evaluate(h)

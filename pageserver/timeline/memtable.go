@@ -14,6 +14,7 @@ import (
 const (
 	arenaChunk = 1 << 20
 	nodeChunk  = 1 << 12
+	lentBytes  = 1 << 16
 	// entryOverhead is about what a version costs in memory beside its data, in bytes.
 	entryOverhead = 48
 )
@@ -219,7 +220,8 @@ func (m *memtable) value(number uint32) (Value, bool) {
 }
 
 // all calls fn for each version, in the order of keys, then of insertion, with how many the key
-// has. The table is frozen; the data is only lent.
+// has. The table is frozen; the data is only lent. The table is not locked while fn runs: fn
+// may read it, which a wipe that waits for the lock would stop for ever.
 func (m *memtable) all(fn func(e Entry, ofKey int) error) error {
 	m.mu.RLock()
 	var keys []keyHead
@@ -230,31 +232,68 @@ func (m *memtable) all(fn func(e Entry, ofKey int) error) error {
 	}
 	m.mu.RUnlock()
 	slices.SortFunc(keys, func(a, b keyHead) int { return a.key.Compare(b.key) })
-	var chain []uint32
+	var l lent
+	defer func() { clear(l.data[:cap(l.data)]) }() // K2
 	for _, k := range keys {
-		var err error
-		if chain, err = m.versions(k, chain[:0], fn); err != nil {
+		if err := m.chain(k, &l); err != nil {
 			return err
+		}
+		for ofKey := len(l.chain); len(l.chain) > 0; {
+			if err := m.lend(k.key, &l); err != nil {
+				return err
+			}
+			for _, e := range l.entries {
+				if err := fn(e, ofKey); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	return nil
 }
 
-// versions calls fn for the versions of one key. Holding the lock keeps wipe away.
-func (m *memtable) versions(k keyHead, chain []uint32, fn func(Entry, int) error) ([]uint32, error) {
+// lent is what all copied out of the table.
+type lent struct {
+	chain   []uint32 // versions that are still to come, newest first
+	entries []Entry
+	data    []byte // of entries
+}
+
+// chain lists the versions of a key.
+func (m *memtable) chain(k keyHead, l *lent) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	if m.mu.wiped {
-		return chain, errWiped
+		return errWiped
 	}
+	l.chain = l.chain[:0]
 	for next := k.head + 1; next != 0; next = m.nodeLocked(next - 1).older {
-		chain = append(chain, next-1)
+		l.chain = append(l.chain, next-1)
 	}
-	for _, number := range slices.Backward(chain) {
-		n := m.nodeLocked(number)
-		if err := fn(Entry{k.key, Value{LSN: n.lsn, Kind: n.kind, Data: m.dataLocked(n)}}, len(chain)); err != nil {
-			return chain, err
+	return nil
+}
+
+// lend copies the next versions of a key, as many as fit into l.data but at least one.
+func (m *memtable) lend(key keyspace.Key, l *lent) error {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.mu.wiped {
+		return errWiped
+	}
+	l.entries, l.data = l.entries[:0], l.data[:0]
+	for i := len(l.chain) - 1; i >= 0; i-- {
+		n := m.nodeLocked(l.chain[i])
+		off, size := len(l.data), int(n.size)
+		if cap(l.data)-off < size {
+			if off > 0 {
+				break
+			}
+			clear(l.data[:cap(l.data)])
+			l.data = make([]byte, 0, max(size, lentBytes))
 		}
+		l.data = append(l.data, m.dataLocked(n)...)
+		l.entries = append(l.entries, Entry{key, Value{LSN: n.lsn, Kind: n.kind, Data: l.data[off:len(l.data):len(l.data)]}})
+		l.chain = l.chain[:i]
 	}
-	return chain, nil
+	return nil
 }

@@ -33,7 +33,7 @@ func (t *Timeline) Put(ctx context.Context, entries []Entry, upTo pg.LSN) error 
 	if !open.insert(entries) {
 		return t.Err()
 	}
-	waiting := t.inserted(open, upTo)
+	waiting := t.inserted(open, entries, upTo)
 	if waiting >= 2 {
 		t.slowDown(ctx, entries)
 	}
@@ -55,6 +55,9 @@ func (t *Timeline) checkPut(entries []Entry, upTo pg.LSN) error {
 		case len(e.Data) > MaxValue:
 			return fmt.Errorf("entry %d of key %x has %d bytes, want at most %d", i, e.Key[:], len(e.Data), MaxValue)
 		}
+		if _, _, err := copyNoteOf(e); err != nil {
+			return fmt.Errorf("entry %d of key %x: %w", i, e.Key[:], err)
+		}
 		last = e.LSN
 	}
 	return nil
@@ -62,7 +65,7 @@ func (t *Timeline) checkPut(entries []Entry, upTo pg.LSN) error {
 
 // inserted makes the entries visible and freezes the table when it is full. It gives the
 // number of frozen ones.
-func (t *Timeline) inserted(open *memtable, upTo pg.LSN) int {
+func (t *Timeline) inserted(open *memtable, entries []Entry, upTo pg.LSN) int {
 	size := open.size()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -72,6 +75,7 @@ func (t *Timeline) inserted(open *memtable, upTo pg.LSN) int {
 	if open.born.IsZero() && (size > 0 || upTo > t.mu.last) {
 		open.born = time.Now()
 	}
+	t.noteCopiesLocked(entries)
 	t.advanceLocked(upTo)
 	if size >= t.cfg.FlushBytes {
 		t.freezeLocked()

@@ -117,7 +117,11 @@ func Open(ctx context.Context, cfg Config) (*Timeline, error) {
 		t.Close()
 		return nil, fmt.Errorf("opening branch %s: %w", cfg.Branch, err)
 	}
-	t.chores.add(t.sweepOrphans)
+	if err := t.loadCopies(ctx); err != nil {
+		t.Close()
+		return nil, fmt.Errorf("opening branch %s: reading which databases are copies: %w", cfg.Branch, err)
+	}
+	t.chores.add(func() { t.sweepOrphans(m) })
 	t.wg.Go(t.runFlusher)
 	t.wg.Go(t.runCompactor)
 	t.wg.Go(func() { t.chores.run(t.ctx) })

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -155,6 +156,76 @@ func TestMemtableWipeClearsTheArena(t *testing.T) {
 	}
 	if m.insert([]Entry{{pageKey(1), Value{LSN: 8, Kind: Image}}}) {
 		t.Error("a wiped table took a version")
+	}
+}
+
+// Flushing reads the sources of copies, which may be in the table that is flushed. A lock held
+// meanwhile, and a wipe between its two holders, made Close wait for ever.
+func TestAFrozenTableIsNotLockedWhileItIsFlushed(t *testing.T) {
+	var m memtable
+	var want []Entry
+	for i := range 600 {
+		size := 10 * i % 3000
+		if i == 599 {
+			size = 2 * lentBytes
+		}
+		want = append(want, Entry{pageKey(i / 200), Value{LSN: testStart + pg.LSN(i), Kind: Delta, Data: bytes.Repeat([]byte{byte(i)}, size)}})
+	}
+	m.insert(want)
+	var have []Entry
+	err := m.all(func(e Entry, _ int) error {
+		if !m.mu.TryLock() {
+			return errors.New("the table is locked")
+		}
+		m.mu.Unlock()
+		e.Data = bytes.Clone(e.Data)
+		have = append(have, e)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	same := func(a, b Entry) bool {
+		return a.Key == b.Key && a.LSN == b.LSN && a.Kind == b.Kind && bytes.Equal(a.Data, b.Data)
+	}
+	if !slices.EqualFunc(want, have, same) {
+		t.Errorf("the versions are not those that were put: %d, want %d", len(have), len(want))
+	}
+	err = m.all(func(Entry, int) error {
+		m.wipe()
+		return nil
+	})
+	if !errors.Is(err, errWiped) {
+		t.Errorf("a table that is wiped meanwhile gives %v, want %v", err, errWiped)
+	}
+}
+
+// stalledStore answers no read of a layer, and tells when one is asked for.
+type stalledStore struct {
+	*memStore
+	asked func()
+}
+
+func (s stalledStore) GetRange(ctx context.Context, _ string, _ []byte, _ int64) (int, error) {
+	s.asked()
+	<-ctx.Done()
+	return 0, ctx.Err()
+}
+
+// Opening reads the Copy keys from the layers. A server that ends must not wait for a bucket
+// that does not answer.
+func TestOpenEndsWithItsContext(t *testing.T) {
+	r := filled(t, func(c *Config) { c.Dir = "" })
+	end := r.tl.LastLSN() + 8
+	note := Entry{keyspace.Copy(keyspace.Dir{Tablespace: 1663, Database: 5}), Value{LSN: end, Kind: Tombstone}}
+	if err := errors.Join(r.tl.Put(t.Context(), []Entry{note}, end), r.tl.Flush(t.Context()), r.tl.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.cfg.Store = stalledStore{r.store, cancel}
+	if _, err := Open(ctx, r.cfg); !errors.Is(err, context.Canceled) {
+		t.Errorf("opening gives %v, want %v", err, context.Canceled)
 	}
 }
 
@@ -347,6 +418,26 @@ func TestOrphans(t *testing.T) {
 		}
 	}
 	checkAll(t, r.tl, r.m, r.rng)
+}
+
+// TestOrphansAreNotWhatAReadHolds merges an older generation's layers, while a read holds them,
+// before the orphans are swept.
+func TestOrphansAreNotWhatAReadHolds(t *testing.T) {
+	r := filled(t, nil)
+	r.reopen()
+	r.tl.mu.Lock()
+	opened, v := r.tl.mu.manifest, r.tl.holdLocked()
+	r.tl.mu.Unlock()
+	defer r.tl.release(v)
+	if err := r.tl.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.tl.sweepOrphans(opened)
+	for i := range opened.Layers {
+		if _, err := r.store.Head(t.Context(), opened.Layers[i].Object); err != nil {
+			t.Errorf("layer %s: %v", opened.Layers[i].Object, err)
+		}
+	}
 }
 
 func TestOverADirectory(t *testing.T) {

@@ -38,7 +38,19 @@ type Entry struct {
 type History struct {
 	Base    *Value  // an Image or Init; nil if there is none, or it is behind a Tombstone
 	Changes []Value // Deltas above the base
+	// Origin is the base in place of Base, if the page was made as a copy of another one and
+	// has had no base of its own since.
+	Origin *Origin
+}
+
+// Origin is the page that another one was copied from, as of then. Its records name it by its
+// own key.
+type Origin struct {
+	Key keyspace.Key
+	History
 }
 
 // Exists tells whether the thing has any version that counts.
-func (h *History) Exists() bool { return h.Base != nil || len(h.Changes) > 0 }
+func (h *History) Exists() bool { return h.hasBase() || len(h.Changes) > 0 }
+
+func (h *History) hasBase() bool { return h.Base != nil || h.Origin != nil }

@@ -19,6 +19,7 @@ type view struct {
 	flushed []*handle   // newest first
 	parts   []partition // in the order of keys
 	horizon pg.LSN
+	copies  copies
 }
 
 // partition is a range of keys: from its first key to that of the next partition.
@@ -36,7 +37,7 @@ func (v *view) partOf(key keyspace.Key) *partition {
 
 // with is a view of the same layers and other tables.
 func (v *view) with(open *memtable, frozen []*memtable) *view {
-	return &view{open: open, frozen: frozen, flushed: v.flushed, parts: v.parts, horizon: v.horizon}
+	return &view{open: open, frozen: frozen, flushed: v.flushed, parts: v.parts, horizon: v.horizon, copies: v.copies}
 }
 
 func (v *view) handles() []*handle {
@@ -63,7 +64,7 @@ func partitionsOf(bases []layerDesc) []keyspace.Key {
 
 // withLayers is a view of the same tables and the manifest's layers.
 func (v *view) withLayers(m *manifest, handleOf func(*layerDesc) *handle) *view {
-	n := &view{open: v.open, frozen: v.frozen, horizon: pg.LSN(m.Horizon)}
+	n := &view{open: v.open, frozen: v.frozen, horizon: pg.LSN(m.Horizon), copies: v.copies}
 	var bases []layerDesc
 	for i := range m.Layers {
 		if m.Layers[i].Level == levelBase {

@@ -144,7 +144,7 @@ func (g *ingester) report() {
 			g.t.Fatal(err)
 		}
 		switch k.Kind {
-		case keyspace.KindCheckpoint, keyspace.KindDropped, keyspace.KindAuxFile:
+		case keyspace.KindCheckpoint, keyspace.KindDropped, keyspace.KindAuxFile, keyspace.KindCopy:
 			continue
 		case keyspace.KindRelSize:
 			if k.Rel.Fork == pg.FSMFork {

@@ -392,10 +392,13 @@ func (r *replayer) copyDatabase(toSpace, toDB, fromSpace, fromDB pg.Oid) {
 		for _, p := range pages {
 			copies = append(copies, append([]byte(nil), p...))
 		}
-		skipped := r.skipped[tag]
+		skipped, blanked := r.skipped[tag], r.blanked[tag]
 		tag.Tablespace, tag.Database = toSpace, toDB
 		if skipped {
 			r.skipped[tag] = true
+		}
+		if blanked {
+			r.blanked[tag] = true
 		}
 		r.rels[tag] = copies
 	}

@@ -283,6 +283,14 @@ func databases(s *server, c *session) {
 		x.close()
 	}
 	c.exec("CREATE DATABASE copy_of_copy TEMPLATE by_copy STRATEGY file_copy", "CREATE DATABASE copy_by_wal TEMPLATE by_copy STRATEGY wal_log")
+	x := s.connect("by_copy") // the source of copies changes
+	x.exec("UPDATE own SET b = 'later' WHERE a % 3 = 0", "DELETE FROM own WHERE a > 400", "VACUUM own")
+	x.close()
+	x = s.connect("copy_of_copy")
+	x.exec("UPDATE own SET b = 'copy' WHERE a % 50 = 0", "VACUUM own")
+	x.close()
+	c.exec("CREATE DATABASE twice OID = 70000 TEMPLATE copy_of_copy STRATEGY file_copy", "DROP DATABASE twice",
+		"CREATE DATABASE twice OID = 70000 TEMPLATE copy_by_wal STRATEGY file_copy", "DROP DATABASE copy_by_wal")
 	c.exec("DROP DATABASE by_wal", "ALTER DATABASE copy_of_copy RENAME TO renamed")
 }
 

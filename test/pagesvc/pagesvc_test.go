@@ -77,11 +77,13 @@ func TestPagesEqualStockPostgres(t *testing.T) {
 	t.Cleanup(func() { s.Kill() })
 	run(t, s, "postgres", firstHalf)
 	lockRows(t, s)
+	copyFirst(t, s)
 	middleKinds := relationKinds(t, s)
 	run(t, s, "postgres", []string{"CHECKPOINT"})
 	middle := currentLSN(t, s)
 	snapshot(t, s.Dir, filepath.Join(dir, "middle"))
 	run(t, s, "postgres", secondHalf)
+	copyMore(t, s)
 	lockRows(t, s)
 	run(t, s, "postgres", []string{"ALTER SYSTEM SET track_commit_timestamp = on"})
 	if err := s.Stop(); err != nil {
@@ -116,6 +118,46 @@ func TestPagesEqualStockPostgres(t *testing.T) {
 		})
 		w.restart()
 		w.wait(w.log.end)
+	}
+}
+
+// TestCopiesOutliveTheHistoryWindow keeps no history: what copies of databases share with
+// their sources must stay readable all the same (P3).
+func TestCopiesOutliveTheHistoryWindow(t *testing.T) {
+	testenv.NeedPostgres(t)
+	dir := testenv.TempDir(t)
+	s, err := stock.New(t.Context(), dir, "stock", settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, filepath.Join(dir, "w"))
+	w.end()
+	w.withTimeline(timeline.Config{FlushBytes: 256 << 10, LayerBytes: 1 << 20, CompactAfter: 2, MaxStack: 1, ImageAfter: 2, HistoryBytes: 1})
+	w.begin()
+	if w.log.end, err = w.importDir(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	w.attach()
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Kill() })
+	run(t, s, "postgres", []string{"CREATE DATABASE logged TEMPLATE template0", "CREATE DATABASE copied STRATEGY FILE_COPY"})
+	copyFirst(t, s)
+	run(t, s, "postgres", []string{"DROP DATABASE copied"})
+	copyMore(t, s)
+	kinds := relationKinds(t, s)
+	if err := s.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	final := loadDirectory(t, s.Dir)
+	w.log.feed(t, s.Dir, final.Control.CheckPoint)
+	for range 2 {
+		w.wait(w.log.end)
+		c := &comparison{t: t, w: w, at: w.point(w.log.end, false), want: final, kinds: kinds}
+		c.run()
+		c.startup()
+		w.restart()
 	}
 }
 

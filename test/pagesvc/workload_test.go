@@ -69,6 +69,33 @@ var secondHalf = []string{
 	"DELETE FROM shrunk WHERE a % 2 = 0", "VACUUM shrunk", "INSERT INTO shrunk SELECT i, 'again' FROM generate_series(1, 500) i",
 }
 
+// copyFirst makes a copy of a copy, and changes both. There is a database "copied".
+func copyFirst(t testing.TB, s *stock.Server) {
+	t.Helper()
+	run(t, s, "copied", []string{
+		"CREATE TABLE c (id int PRIMARY KEY, v text) WITH (fillfactor = 90)", "INSERT INTO c SELECT i, md5(i::text) FROM generate_series(1, 6000) i",
+		"DELETE FROM c WHERE id > 5000", "VACUUM c", // truncates
+		"CREATE TABLE old (a int)", "INSERT INTO old SELECT generate_series(1, 20000)", "DROP TABLE old"})
+	run(t, s, "postgres", []string{"CREATE DATABASE chain TEMPLATE copied STRATEGY FILE_COPY"})
+	run(t, s, "copied", []string{"UPDATE c SET v = 'source' WHERE id % 3 = 0", "VACUUM c", "INSERT INTO c SELECT i, 'source' FROM generate_series(6001, 9000) i"})
+	run(t, s, "chain", []string{"UPDATE c SET v = 'copy' WHERE id % 50 = 0", "DELETE FROM c WHERE id % 7 = 0", "VACUUM FULL pg_class"})
+}
+
+// copyMore goes on after the source of "chain" was dropped, and makes a database twice under
+// one number. There is a database "logged".
+func copyMore(t testing.TB, s *stock.Server) {
+	t.Helper()
+	run(t, s, "chain", []string{"VACUUM (FREEZE) c", "UPDATE c SET v = v || '+' WHERE id % 20 = 0", "INSERT INTO c SELECT i, 'more' FROM generate_series(10000, 12000) i"})
+	run(t, s, "postgres", []string{"CREATE DATABASE again OID = 70000 TEMPLATE chain STRATEGY FILE_COPY"})
+	run(t, s, "chain", []string{"DELETE FROM c WHERE id > 3000", "VACUUM c"})
+	run(t, s, "again", []string{"UPDATE c SET v = 'again' WHERE id % 40 = 0", "CREATE TABLE mine AS SELECT * FROM c"})
+	run(t, s, "postgres", []string{"DROP DATABASE again", "CREATE DATABASE again OID = 70000 TEMPLATE logged STRATEGY FILE_COPY"})
+	run(t, s, "again", []string{"CREATE TABLE c (id int PRIMARY KEY)", "INSERT INTO c SELECT generate_series(1, 3000)"})
+	run(t, s, "postgres", []string{"CREATE DATABASE third TEMPLATE again STRATEGY FILE_COPY", "DROP DATABASE again",
+		"CREATE DATABASE again OID = 70000 TEMPLATE chain STRATEGY FILE_COPY", "DROP DATABASE chain"})
+	run(t, s, "again", []string{"UPDATE c SET v = 'last' WHERE id % 30 = 0"})
+}
+
 func run(t testing.TB, s *stock.Server, database string, statements []string) {
 	t.Helper()
 	conn, err := s.Target().InDatabase(database).Connect(t.Context())
