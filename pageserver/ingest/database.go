@@ -94,7 +94,7 @@ func (c *Core) dropDatabase(d keyspace.Dir) error {
 const maxSources = 32
 
 // copyDatabase makes a folder as a copy of another, as both stand before the record. Sizes
-// are copied, pages are not: the Copy key says where they are (docs/decisions/0010).
+// are copied, pages are not: the Copy key says where they are (docs/decisions/0011).
 func (c *Core) copyDatabase(dst, src keyspace.Dir) error {
 	if dst == src {
 		return fmt.Errorf("database %d is copied over itself", src.Database)

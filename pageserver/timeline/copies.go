@@ -15,7 +15,7 @@ import (
 
 // CREATE DATABASE may be one record that says "this folder is a copy of that one". It is
 // filed as one version of the new folder's Copy key, a note of where the copy's pages are until
-// they are changed: docs/decisions/0010. A page of the copy is looked for under its own key,
+// they are changed: docs/decisions/0011. A page of the copy is looked for under its own key,
 // above the note's LSN; if that finds no base, then under the source's key as of the note; and
 // so on, for a source that is a copy itself. A Tombstone of the Copy key ends the note.
 //
