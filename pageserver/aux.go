@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
-	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
@@ -15,14 +14,17 @@ import (
 )
 
 // openAux gives what a logical message says about aux files. Any user may write such a
-// message: one that does not open under the project's key is not the compute's, and is passed
-// over. When the key cannot be used, nothing is known of the message, and ingest waits.
+// message: one that certainly does not open under the project's key is not the compute's, and is
+// passed over. One that opens and cannot be read is damage. After any other error nothing is known
+// of the message, and ingest waits: passed over, the compute's would be lost for good.
 func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change, error) {
 	changes, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
 	switch {
 	case err == nil:
 		return changes, nil
-	case errors.Is(err, keyring.ErrRevoked), errors.Is(err, keyring.ErrUnreachable), errors.Is(err, seal.ErrWiped), ctx.Err() != nil:
+	case errors.Is(err, auxfile.ErrUnreadable):
+		return nil, err
+	case !errors.Is(err, seal.ErrDamaged):
 		return nil, asLookup(err)
 	}
 	if !f.auxRefused { // once, or users could fill the log; without the error, which may quote what they wrote (K1)

@@ -27,15 +27,21 @@ func slotState(restart pg.LSN) []byte {
 // say adds a message about aux files to the log's end.
 func (w *world) say(changes ...auxfile.Change) {
 	w.t.Helper()
+	sealed, err := auxfile.Seal(w.t.Context(), w.log.ring, w.log.project, w.log.branch, changes)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.sayRaw(sealed)
+}
+
+// sayRaw adds a message with the prefix of those about aux files.
+func (w *world) sayRaw(sealed []byte) {
+	w.t.Helper()
 	state, err := w.client.StartupState(w.t.Context(), &pb.StartupStateRequest{At: w.point(w.log.end, false)})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	control, err := pg.ParseControlFile(state.ControlFile)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	sealed, err := auxfile.Seal(w.t.Context(), w.log.ring, w.log.project, w.log.branch, changes)
 	if err != nil {
 		w.t.Fatal(err)
 	}
