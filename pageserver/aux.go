@@ -3,7 +3,7 @@ package pageserver
 import (
 	"context"
 	"errors"
-	"fmt"
+	"log/slog"
 	"strings"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
@@ -34,9 +34,16 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change
 	return nil, nil
 }
 
+// slotHold tells what WAL the replication slots hold back.
+type slotHold struct {
+	log  *slog.Logger
+	told map[string]bool // slots' files of which the log tells that they cannot be read
+}
+
 // needed is up to where the safekeepers may forget WAL that is in layers: to decode the past, a
-// new compute reads it as it was, from the oldest replication slot on.
-func needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
+// new compute reads it as it was, from the oldest replication slot on. A slot that cannot be read
+// holds nothing back: at the next start it counts as dropped.
+func (h *slotHold) needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
 	oldest := tl.DurableLSN()
 	from, to := keyspace.KindRange(keyspace.KindAuxFile)
 	err := tl.Scan(ctx, from, to, tl.LastLSN(), func(_ keyspace.Key, v timeline.Value) error {
@@ -46,7 +53,8 @@ func needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
 		}
 		slot, err := pg.ParseReplicationSlot(data)
 		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			h.tell(name, err)
+			return nil
 		}
 		// Who streams asks for whole segments.
 		if slot.Restart != pg.InvalidLSN {
@@ -55,4 +63,11 @@ func needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
 		return nil
 	})
 	return oldest, err
+}
+
+func (h *slotHold) tell(file string, err error) {
+	if !h.told[file] {
+		h.told[file] = true
+		h.log.Error("a replication slot cannot be read: no WAL is held back for it, and the next start drops it", "file", file, "err", err)
+	}
 }

@@ -239,11 +239,12 @@ const reportEvery = time.Second
 
 func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 	var last pg.LSN
+	hold := &slotHold{log: b.log, told: make(map[string]bool)}
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
 		if tl.DurableLSN() > last {
-			lsn, err := b.reportDurable(ctx, tl, last)
+			lsn, err := b.reportDurable(ctx, tl, hold, last)
 			if err == nil {
 				last = lsn
 			} else if ctx.Err() == nil {
@@ -259,10 +260,10 @@ func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 }
 
 // reportDurable tells the safekeepers what they may forget, if that is more than at last.
-func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, last pg.LSN) (pg.LSN, error) {
+func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, hold *slotHold, last pg.LSN) (pg.LSN, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*reportEvery)
 	defer cancel()
-	lsn, err := needed(ctx, tl)
+	lsn, err := hold.needed(ctx, tl)
 	if err != nil || lsn <= last {
 		return last, err
 	}

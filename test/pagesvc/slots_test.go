@@ -69,6 +69,8 @@ func TestSlotsHoldWALBack(t *testing.T) {
 	for start := w.log.end.SegmentStart(); w.log.end.SegmentStart() == start; w.wait(w.log.end) { // else there is nothing that could be forgotten
 		w.say(auxfile.Change{Path: auxfile.Settings, Content: make([]byte, 2<<20)})
 	}
+	w.say(auxfile.Change{Path: "pg_replslot/broken/state", Content: slotState(8)[:199]}) // holds nothing back
+	w.wait(w.log.end)
 	restart := w.log.end - 8
 	w.say(auxfile.Change{Path: "pg_replslot/s/state", Content: slotState(restart)})
 	w.wait(w.log.end)
