@@ -19,6 +19,7 @@ var le = binary.LittleEndian
 type past struct {
 	versions map[keyspace.Key][]timeline.Value // in the order of putting
 	staged   int
+	scans    int
 	pageErr  error // what Page answers instead
 }
 
@@ -46,6 +47,7 @@ func (p *past) Get(_ context.Context, key keyspace.Key, lsn pg.LSN) (h timeline.
 }
 
 func (p *past) Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error {
+	p.scans++
 	var keys []keyspace.Key
 	for k := range p.versions {
 		if k.Compare(from) >= 0 && k.Compare(to) < 0 {
