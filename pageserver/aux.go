@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
+	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -21,6 +24,7 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change
 	changes, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
 	switch {
 	case err == nil:
+		f.slotsChange = f.slotsChange || slices.ContainsFunc(changes, func(c auxfile.Change) bool { return isSlot(c.Path) })
 		return changes, nil
 	case errors.Is(err, auxfile.ErrUnreadable):
 		return nil, err
@@ -34,21 +38,48 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change
 	return nil, nil
 }
 
+func isSlot(file string) bool { return strings.HasPrefix(file, auxfile.Slots+"/") }
+
 // slotHold tells what WAL the replication slots hold back.
 type slotHold struct {
 	log  *slog.Logger
 	told map[string]bool // slots' files of which the log tells that they cannot be read
+
+	at     pg.LSN // oldest is as of here; 0: it is not known
+	oldest pg.LSN // the start of the oldest segment that a slot needs
+}
+
+// slotSource is the part of a timeline that slots are read from.
+type slotSource interface {
+	DurableLSN() pg.LSN
+	LastLSN() pg.LSN
+	Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error
 }
 
 // needed is up to where the safekeepers may forget WAL that is in layers: to decode the past, a
 // new compute reads it as it was, from the oldest replication slot on. A slot that cannot be read
-// holds nothing back: at the next start it counts as dropped.
-func (h *slotHold) needed(ctx context.Context, tl *timeline.Timeline) (pg.LSN, error) {
-	oldest := tl.DurableLSN()
+// holds nothing back: at the next start it counts as dropped. The slots are read anew only
+// if they changed since: changed is up to where they may have.
+func (h *slotHold) needed(ctx context.Context, tl slotSource, changed *atomic.Uint64) (pg.LSN, error) {
+	// In this order: of a change up to here, changed tells already.
+	durable := tl.DurableLSN()
+	if h.at == pg.InvalidLSN || pg.LSN(changed.Load()) > h.at {
+		at := tl.LastLSN()
+		oldest, err := h.scan(ctx, tl, at)
+		if err != nil {
+			return pg.InvalidLSN, err
+		}
+		h.at, h.oldest = at, oldest
+	}
+	return min(durable, h.oldest), nil
+}
+
+func (h *slotHold) scan(ctx context.Context, tl slotSource, at pg.LSN) (pg.LSN, error) {
+	oldest := pg.LSN(math.MaxUint64) // no slot, nothing held back
 	from, to := keyspace.KindRange(keyspace.KindAuxFile)
-	err := tl.Scan(ctx, from, to, tl.LastLSN(), func(_ keyspace.Key, v timeline.Value) error {
+	err := tl.Scan(ctx, from, to, at, func(_ keyspace.Key, v timeline.Value) error {
 		name, data, err := auxfile.Parse(v.Data)
-		if err != nil || !strings.HasPrefix(name, auxfile.Slots+"/") {
+		if err != nil || !isSlot(name) {
 			return err
 		}
 		slot, err := pg.ParseReplicationSlot(data)

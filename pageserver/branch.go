@@ -35,6 +35,8 @@ type branch struct {
 
 	// epoch is the highest epoch of which anything may be in the timeline (W2).
 	epoch atomic.Uint64
+	// slotsChanged is the LSN up to which a replication slot's file may have changed.
+	slotsChanged atomic.Uint64
 
 	mu struct {
 		sync.Mutex
@@ -263,7 +265,7 @@ func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, hold *slotHold, last pg.LSN) (pg.LSN, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*reportEvery)
 	defer cancel()
-	lsn, err := hold.needed(ctx, tl)
+	lsn, err := hold.needed(ctx, tl, &b.slotsChanged)
 	if err != nil || lsn <= last {
 		return last, err
 	}
