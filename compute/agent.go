@@ -219,9 +219,9 @@ func (a *agent) readState(ctx context.Context) (err error) {
 		return err
 	}
 	in := boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Reset: a.cfg.ResetSettings, Now: time.Now()}
-	oldest, err := boot.OldestNeeded(state)
-	if err != nil {
-		return err
+	oldest, unreadable := boot.OldestNeeded(state)
+	for _, err := range unreadable {
+		a.log.Error("a replication slot cannot be read and is dropped: who uses it has to make it anew", "err", err)
 	}
 	if oldest != pg.InvalidLSN {
 		if in.Page, err = a.openHistory(ctx, oldest, state); err != nil {

@@ -35,6 +35,8 @@ type branch struct {
 
 	// epoch is the highest epoch of which anything may be in the timeline (W2).
 	epoch atomic.Uint64
+	// slotsChanged is the LSN up to which a replication slot's file may have changed.
+	slotsChanged atomic.Uint64
 
 	mu struct {
 		sync.Mutex
@@ -239,11 +241,12 @@ const reportEvery = time.Second
 
 func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 	var last pg.LSN
+	hold := &slotHold{log: b.log, told: make(map[string]bool)}
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
 		if tl.DurableLSN() > last {
-			lsn, err := b.reportDurable(ctx, tl, last)
+			lsn, err := b.reportDurable(ctx, tl, hold, last)
 			if err == nil {
 				last = lsn
 			} else if ctx.Err() == nil {
@@ -259,10 +262,10 @@ func (b *branch) report(ctx context.Context, tl *timeline.Timeline) {
 }
 
 // reportDurable tells the safekeepers what they may forget, if that is more than at last.
-func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, last pg.LSN) (pg.LSN, error) {
+func (b *branch) reportDurable(ctx context.Context, tl *timeline.Timeline, hold *slotHold, last pg.LSN) (pg.LSN, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*reportEvery)
 	defer cancel()
-	lsn, err := needed(ctx, tl)
+	lsn, err := hold.needed(ctx, tl, &b.slotsChanged)
 	if err != nil || lsn <= last {
 		return last, err
 	}

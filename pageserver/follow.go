@@ -89,6 +89,8 @@ type follower struct {
 	foreign int      // how many resource managers' records, that the log tells of
 	// auxRefused tells that a message of somebody else's was seen.
 	auxRefused bool
+	// slotsChange tells that a replication slot's file is among what is to be stored.
+	slotsChange bool
 }
 
 // ingest follows the WAL from where the timeline ends.
@@ -228,9 +230,13 @@ func (f *follower) store() error {
 
 func (f *follower) put(upTo pg.LSN) error {
 	defer f.b.verify.begin()()
+	if f.slotsChange {
+		f.b.slotsChanged.Store(uint64(upTo)) // before it can be durable
+	}
 	if err := f.tl.Put(f.ctx, f.core.Take(upTo), upTo); err != nil {
 		return err
 	}
+	f.slotsChange = false
 	f.tell()
 	return f.b.verify.check(f.ctx, f.tl)
 }

@@ -166,10 +166,7 @@ func (p *Plan) addFiles(in Input) error {
 		"PG_VERSION":     []byte("15\n"),
 		auxfile.Settings: nil,
 	}
-	slots, err := readSlots(in.State.Files)
-	if err != nil {
-		return fmt.Errorf("start-up state at %v: %w", in.End, err)
-	}
+	slots := readSlots(in.State.Files)
 	for _, f := range in.State.Files {
 		if !isPlainPath(f.Path) {
 			return fmt.Errorf("start-up state at %v: file name %q is not one inside a data directory", in.End, f.Path)

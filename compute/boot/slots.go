@@ -11,9 +11,10 @@ import (
 )
 
 // OldestNeeded is from where on the branch's replication slots need its WAL; 0 if there are none.
-func OldestNeeded(state *pb.StartupStateResponse) (pg.LSN, error) {
-	s, err := readSlots(state.Files)
-	return s.oldest, err
+// A slot whose file cannot be read counts as one that was dropped: Postgres would not start with it.
+func OldestNeeded(state *pb.StartupStateResponse) (oldest pg.LSN, unreadable []error) {
+	s := readSlots(state.Files)
+	return s.oldest, s.unreadable
 }
 
 // slots is what the replication slots need.
@@ -21,9 +22,11 @@ type slots struct {
 	oldest  pg.LSN // WAL from here on; 0: none
 	logical pg.LSN // files of logical decoding from here on; 0: none
 	dead    map[string]bool
+
+	unreadable []error // of those among the dead
 }
 
-func readSlots(files []*pb.NamedFile) (slots, error) {
+func readSlots(files []*pb.NamedFile) slots {
 	s := slots{dead: make(map[string]bool)}
 	for _, f := range files {
 		if !strings.HasPrefix(f.Path, auxfile.Slots+"/") {
@@ -32,7 +35,8 @@ func readSlots(files []*pb.NamedFile) (slots, error) {
 		slot, err := pg.ParseReplicationSlot(f.Data)
 		switch {
 		case err != nil:
-			return s, fmt.Errorf("%s: %w", f.Path, err)
+			s.dead[f.Path] = true
+			s.unreadable = append(s.unreadable, fmt.Errorf("%s: %w", f.Path, err))
 		case slot.Persistency != pg.SlotPersistent:
 			s.dead[f.Path] = true // its making did not come to its end
 		case slot.Restart == pg.InvalidLSN:
@@ -43,7 +47,7 @@ func readSlots(files []*pb.NamedFile) (slots, error) {
 			}
 		}
 	}
-	return s, nil
+	return s
 }
 
 func least(a, b pg.LSN) pg.LSN {

@@ -195,7 +195,11 @@ func Seal(ctx context.Context, keys Generator, project, branch string, changes [
 	return sealed.Bytes(), nil
 }
 
-// Open gives what a message says.
+// ErrUnreadable is a message that opened, so that it is the compute's, and makes no sense.
+var ErrUnreadable = errors.New("a message of aux files was opened and cannot be read")
+
+// Open gives what a message says. An error that is seal.ErrDamaged means that the message is somebody
+// else's; ErrUnreadable, that it is not; any other says nothing of it.
 func Open(ctx context.Context, open seal.OpenFunc, project, branch string, message []byte) ([]Change, error) {
 	r, err := seal.NewReader(ctx, bytes.NewReader(message), int64(len(message)), sealContext(project, branch), open)
 	if err != nil {
@@ -205,7 +209,11 @@ func Open(ctx context.Context, open seal.OpenFunc, project, branch string, messa
 	if _, err := r.ReadAt(plain, 0); err != nil && err != io.EOF {
 		return nil, err
 	}
-	return parseChanges(plain)
+	changes, err := parseChanges(plain)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
+	}
+	return changes, nil
 }
 
 // Layout of xl_logical_message (message.h).

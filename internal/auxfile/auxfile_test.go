@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/holdfastdb/holdfast/internal/keyring/keyringtest"
+	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
 func message(prefix string, content []byte) []byte {
@@ -40,22 +42,22 @@ func TestRoundTrip(t *testing.T) {
 			t.Errorf("%s message (-want +got):\n%s", name, diff)
 		}
 	}
-	if _, err := Open(ctx, ring.Open, "p", "other", sealed); err == nil {
-		t.Error("it opened for another branch")
+	if _, err := Open(ctx, ring.Open, "p", "other", sealed); !errors.Is(err, seal.ErrDamaged) {
+		t.Errorf("opened for another branch: %v, want %v", err, seal.ErrDamaged)
 	}
 	for i := range sealed { // whoever forges cannot seal
 		forged := append([]byte(nil), sealed...)
 		forged[i] ^= 1
-		if _, err := Open(ctx, ring.Open, "p", "b", forged); err == nil {
-			t.Fatalf("it opened with byte %d changed", i)
+		if _, err := Open(ctx, ring.Open, "p", "b", forged); !errors.Is(err, seal.ErrDamaged) || errors.Is(err, ErrUnreadable) {
+			t.Fatalf("opened with byte %d changed: %v, want %v", i, err, seal.ErrDamaged)
 		}
 	}
 	other, err := Seal(ctx, ring, "p", "b", []Change{{Path: "pg_hba.conf"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(ctx, ring.Open, "p", "b", other); err == nil {
-		t.Error("a file that the log does not carry was accepted")
+	if _, err := Open(ctx, ring.Open, "p", "b", other); !errors.Is(err, ErrUnreadable) || errors.Is(err, seal.ErrDamaged) {
+		t.Errorf("a file that the log does not carry: %v, want %v", err, ErrUnreadable)
 	}
 }
 

@@ -148,13 +148,15 @@ func (r *ring) askLease(project, id string, limit time.Duration) (*pb.LeaseRespo
 
 // callError puts a call's error in the terms of this package. Only an answer that speaks of
 // the request itself is for good; all else says nothing of the key, and may pass: a branch that
-// took it for damage would stop.
+// took it for damage would stop. A wrapped key that does not open is seal.ErrDamaged.
 func callError(err error) error {
 	if rpc.Reason(err) == pb.ErrorDetail_KEY_REVOKED {
 		return fmt.Errorf("%w: %s", ErrRevoked, message(err))
 	}
 	switch status.Code(err) {
-	case codes.InvalidArgument, codes.NotFound, codes.DataLoss, codes.PermissionDenied, codes.Unimplemented:
+	case codes.DataLoss:
+		return fmt.Errorf("%w: key manager: %w", seal.ErrDamaged, err)
+	case codes.InvalidArgument, codes.NotFound, codes.PermissionDenied, codes.Unimplemented:
 		return fmt.Errorf("key manager: %w", err)
 	}
 	return fmt.Errorf("%w: %s", ErrUnreachable, message(err))

@@ -30,6 +30,7 @@ type Ring interface {
 
 	// Open unwraps the DEK of an object. It has seal.OpenFunc's signature. The ring keeps the
 	// keys it opened, within bounds; the caller may ask again for each use. They only open.
+	// A wrapped key that is none of the object's is seal.ErrDamaged.
 	Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.Key, error)
 
 	// OnShred calls fn once when the project's lease ends, whatever the reason, after the

@@ -289,6 +289,21 @@ func TestLeaseThatEndsAgain(t *testing.T) {
 	}
 }
 
+// Only the key manager's word that a wrapped key does not open is damage: whoever passes over what
+// is damaged would lose it for another refusal.
+func TestOtherRefusalsAreNoDamage(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	_, wrapped := mustGenerate(t, r, 1)
+	for _, code := range []codes.Code{codes.InvalidArgument, codes.NotFound, codes.PermissionDenied, codes.Unimplemented, codes.DataLoss} {
+		f.fail(rpc.Error(code, nil, "a refusal"))
+		_, err := r.Open(t.Context(), object(1), wrapped)
+		if err == nil || errors.Is(err, seal.ErrDamaged) != (code == codes.DataLoss) {
+			t.Errorf("Open when the call fails with %v: %v", code, err)
+		}
+	}
+}
+
 func TestConcurrentRequestsShareCalls(t *testing.T) {
 	f := newFake(t)
 	r := newRing(t, f)
@@ -310,7 +325,7 @@ func TestConcurrentRequestsShareCalls(t *testing.T) {
 			if damaged {
 				w = append(bytes.Clone(w[:len(w)-1]), w[len(w)-1]^1)
 			}
-			if _, err := r.Open(t.Context(), c, w); (err != nil) != damaged {
+			if _, err := r.Open(t.Context(), c, w); (err != nil) != damaged || damaged != errors.Is(err, seal.ErrDamaged) {
 				t.Errorf("%d: %v", i, err)
 			}
 		})

@@ -62,7 +62,8 @@ func readHeader(r io.ReaderAt, size int64) (*header, error) {
 		return nil, fmt.Errorf("%w: no sealed file: magic is %q, want %q", ErrDamaged, buf[:8], fileMagic)
 	}
 	if v := binary.LittleEndian.Uint16(buf[8:]); v != fileVersion {
-		return nil, fmt.Errorf("sealed file has format version %d, this program reads version %d", v, fileVersion)
+		// ErrDamaged, since users can put bytes of their own where a sealed file is looked for (auxfile).
+		return nil, fmt.Errorf("%w: sealed file has format version %d, this program reads version %d", ErrDamaged, v, fileVersion)
 	}
 	wrapped := int(binary.LittleEndian.Uint16(buf[10:]))
 	chunk := binary.LittleEndian.Uint32(buf[12:])

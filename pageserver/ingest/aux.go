@@ -19,19 +19,21 @@ func (c *Core) message() error {
 	if err != nil {
 		return err
 	}
+	gone := make(map[string]bool) // mappings
 	for _, ch := range changes {
 		switch {
 		case !ch.Removed:
 			c.put(keyspace.AuxFile(ch.Path), timeline.Image, auxfile.Marshal(ch.Path, ch.Content))
 		case strings.HasPrefix(ch.Path, auxfile.Mappings+"/"):
-			if err := c.removeParts(ch.Path); err != nil {
-				return err
-			}
+			gone[ch.Path] = true
 		default:
 			c.put(keyspace.AuxFile(ch.Path), timeline.Tombstone, nil)
 		}
 	}
-	return nil
+	if len(gone) == 0 {
+		return nil
+	}
+	return c.removeParts(gone)
 }
 
 const (
@@ -57,13 +59,14 @@ func (c *Core) rewrite() error {
 	return nil
 }
 
-// removeParts removes a file of pg_logical/mappings. It reads what is stored: a part that is
-// not stored yet stays, and no start looks at it, since its LSN is below all slots'.
-func (c *Core) removeParts(file string) error {
+// removeParts removes files of pg_logical/mappings. It reads what is stored: a part that is
+// not stored yet stays, and no start looks at it, since its LSN is below all slots'. A checkpoint
+// removes many such files, so one scan is for all of a message's.
+func (c *Core) removeParts(files map[string]bool) error {
 	from, to := keyspace.KindRange(keyspace.KindAuxFile)
 	return c.look.Scan(c.ctx, from, to, c.last, func(key keyspace.Key, v timeline.Value) error {
 		name, _, err := auxfile.Parse(v.Data)
-		if whole, _, ok := auxfile.CutPart(name); err == nil && ok && whole == file {
+		if whole, _, ok := auxfile.CutPart(name); err == nil && ok && files[whole] {
 			c.put(key, timeline.Tombstone, nil)
 		}
 		return err

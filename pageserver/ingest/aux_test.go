@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
 )
 
@@ -57,7 +58,8 @@ func TestAuxFilesComeAndGo(t *testing.T) {
 
 func TestRewritesAreKeptInParts(t *testing.T) {
 	b := newBench(t)
-	const file = auxfile.Mappings + "/map-5-4eb-1_28-2bc-2bd"
+	const other = auxfile.Mappings + "/map-5-4eb-1_28-2bc-2b"
+	const file = other + "d"
 	for i, offset := range []uint64{0, rewriteMapping} {
 		b.apply(rmHeap2, 0, 0x2bd, rewriteRecord(offset, byte('a'+i)))
 		got, _ := b.auxFile(auxfile.PartName(file, offset))
@@ -65,21 +67,27 @@ func TestRewritesAreKeptInParts(t *testing.T) {
 			t.Errorf("part at %d: %q", offset, got)
 		}
 	}
-	b.apply(rmHeap2, 0, 0x2be, rewriteRecord(0, 'z')) // another transaction's
+	for _, xid := range []pg.TransactionID{0x2be, 0x2bf} { // other transactions'
+		b.apply(rmHeap2, 0, xid, rewriteRecord(0, 'z'))
+	}
 	if err := b.try(rmHeap2, 0, 0x2bd, rewriteRecord(0, 'a')[:rewriteHeader+rewriteMapping-1]); err == nil {
 		t.Error("a record that is cut was taken")
 	}
 	b.restart()
 	b.core.Aux = func(context.Context, []byte) ([]auxfile.Change, error) {
-		return []auxfile.Change{{Path: file, Removed: true}}, nil
+		return []auxfile.Change{{Path: file, Removed: true}, {Path: other + "f", Removed: true}}, nil
 	}
+	b.scans = 0
 	b.apply(rmLogicalMsg, 0, 0, auxfile.Record(nil))
-	for _, offset := range []uint64{0, rewriteMapping} {
-		if _, there := b.auxFile(auxfile.PartName(file, offset)); there {
-			t.Errorf("the part at %d of a file that was removed is there", offset)
+	if b.scans != 1 {
+		t.Errorf("two files were removed in %d scans, want 1", b.scans)
+	}
+	for _, part := range []string{auxfile.PartName(file, 0), auxfile.PartName(file, rewriteMapping), auxfile.PartName(other+"f", 0)} {
+		if _, there := b.auxFile(part); there {
+			t.Errorf("part %s of a file that was removed is there", part)
 		}
 	}
-	if _, there := b.auxFile(auxfile.PartName(auxfile.Mappings+"/map-5-4eb-1_28-2bc-2be", 0)); !there {
+	if _, there := b.auxFile(auxfile.PartName(other+"e", 0)); !there {
 		t.Error("another file is gone")
 	}
 }

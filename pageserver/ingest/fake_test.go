@@ -19,6 +19,7 @@ var le = binary.LittleEndian
 type past struct {
 	versions map[keyspace.Key][]timeline.Value // in the order of putting
 	staged   int
+	scans    int
 	pageErr  error // what Page answers instead
 }
 
@@ -71,6 +72,7 @@ func (p *past) newest(key keyspace.Key, above, lsn pg.LSN) (h timeline.History, 
 }
 
 func (p *past) Scan(ctx context.Context, from, to keyspace.Key, lsn pg.LSN, fn func(keyspace.Key, timeline.Value) error) error {
+	p.scans++
 	var keys []keyspace.Key
 	for k := range p.versions {
 		if k.Compare(from) >= 0 && k.Compare(to) < 0 {

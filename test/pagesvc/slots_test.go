@@ -27,15 +27,21 @@ func slotState(restart pg.LSN) []byte {
 // say adds a message about aux files to the log's end.
 func (w *world) say(changes ...auxfile.Change) {
 	w.t.Helper()
+	sealed, err := auxfile.Seal(w.t.Context(), w.log.ring, w.log.project, w.log.branch, changes)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.sayRaw(sealed)
+}
+
+// sayRaw adds a message with the prefix of those about aux files.
+func (w *world) sayRaw(sealed []byte) {
+	w.t.Helper()
 	state, err := w.client.StartupState(w.t.Context(), &pb.StartupStateRequest{At: w.point(w.log.end, false)})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	control, err := pg.ParseControlFile(state.ControlFile)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	sealed, err := auxfile.Seal(w.t.Context(), w.log.ring, w.log.project, w.log.branch, changes)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -63,6 +69,8 @@ func TestSlotsHoldWALBack(t *testing.T) {
 	for start := w.log.end.SegmentStart(); w.log.end.SegmentStart() == start; w.wait(w.log.end) { // else there is nothing that could be forgotten
 		w.say(auxfile.Change{Path: auxfile.Settings, Content: make([]byte, 2<<20)})
 	}
+	w.say(auxfile.Change{Path: "pg_replslot/broken/state", Content: slotState(8)[:199]}) // holds nothing back
+	w.wait(w.log.end)
 	restart := w.log.end - 8
 	w.say(auxfile.Change{Path: "pg_replslot/s/state", Content: slotState(restart)})
 	w.wait(w.log.end)
