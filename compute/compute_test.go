@@ -218,4 +218,26 @@ func TestWrongSetting(t *testing.T) {
 	}
 }
 
+// TestLogOfARunningServer: nothing of it is told, though the setting keeps Postgres from saying
+// that it takes connections.
+func TestLogOfARunningServer(t *testing.T) {
+	pg, _ := local(t, map[string]string{"log_min_messages": "fatal"})
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const secret = "a_name_that_users_sent"
+	if _, err := pg.connect(t.Context(), secret); err == nil {
+		t.Fatal("there is such a database")
+	}
+	if !pg.kill() {
+		t.Fatal("Postgres outlived SIGKILL")
+	}
+	if text, _ := pg.log.Tail(); !strings.Contains(string(text), secret) {
+		t.Fatalf("the log does not hold what the test is about: %s", text)
+	}
+	if err := pg.ended(); strings.Contains(err.Error(), secret) {
+		t.Errorf("the end is told with the server's log: %v", err)
+	}
+}
+
 func testLog(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }

@@ -155,6 +155,7 @@ func (p *postgres) awaitReady(ctx context.Context) error {
 			err = conn.Exec(ctx, "SELECT 1").Close()
 			closeConn(conn)
 			if err == nil {
+				p.log.Ready()
 				return nil
 			}
 		}
