@@ -235,8 +235,19 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	for _, f := range state.Files {
 		kept = append(kept, f.Path)
 	}
-	a.aux.begin(kept, a.plan.Stale)
+	a.aux.begin(kept, a.untold())
 	return nil
+}
+
+// untold is what the start changes of the branch's files.
+func (a *agent) untold() (changes []auxfile.Change) {
+	for _, name := range a.plan.Stale {
+		changes = append(changes, auxfile.Change{Path: name, Removed: true})
+	}
+	if len(a.cfg.ResetSettings) > 0 {
+		changes = append(changes, auxfile.Change{Path: auxfile.Settings, Content: a.plan.Auto})
+	}
+	return changes
 }
 
 // openHistory finds the WAL that replication slots need, and gives what of it stands on the
@@ -358,17 +369,16 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 	return a.settleAux(ctx)
 }
 
-// settleAux makes durable what has waited for Postgres to take connections.
+// settleAux makes durable what has waited for Postgres to take connections, unless a client's
+// ALTER SYSTEM, faster than this, took it along.
 func (a *agent) settleAux(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	if len(a.cfg.ResetSettings) > 0 {
-		if err := a.aux.keep(ctx, []auxfile.Change{{Path: auxfile.Settings, Content: a.plan.Auto}}); err != nil {
-			return fmt.Errorf("making durable that settings were reset: %w", err)
-		}
-		return nil
+	err := a.aux.flush(ctx)
+	if err != nil && len(a.cfg.ResetSettings) > 0 {
+		return fmt.Errorf("making durable that settings were reset: %w", err)
 	}
-	if err := a.aux.flush(ctx); err != nil {
+	if err != nil {
 		a.log.Warn("telling the log of files that are gone; it is tried again", "error", err)
 	}
 	return nil

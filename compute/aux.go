@@ -29,17 +29,16 @@ type auxKeeper struct {
 // errNotServing means that Postgres takes no connections at this time.
 var errNotServing = errors.New("the endpoint's Postgres takes no connections")
 
-// begin tells what the branch has at the start, and what of it is to go.
-func (k *auxKeeper) begin(kept, stale []string) {
+// begin tells what the branch has at the start, and what the log is to be told of it as soon as
+// Postgres takes connections.
+func (k *auxKeeper) begin(kept []string, waiting []auxfile.Change) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.mu.kept = make(map[string]bool)
-	for _, name := range slices.Concat(kept, stale) {
+	for _, name := range kept {
 		k.mu.kept[name] = true
 	}
-	for _, name := range stale {
-		k.mu.pending = append(k.mu.pending, auxfile.Change{Path: name, Removed: true})
-	}
+	k.mu.pending = waiting
 }
 
 // keep makes changes durable. If it fails, they must not show.

@@ -11,30 +11,38 @@ import (
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 )
 
-// What waits goes with the next message, in the order in which it happened; what must not be
-// lost is refused when it cannot be kept.
-func TestAuxFilesAreKept(t *testing.T) {
-	var sent []string
-	var fail error
-	k := &auxKeeper{
+// recorder is a keeper whose messages name the files, with what is in them.
+func recorder(sent *[]string, fail *error) *auxKeeper {
+	return &auxKeeper{
 		seal: func(_ context.Context, changes []auxfile.Change) ([]byte, error) {
 			var b strings.Builder
 			for _, c := range changes {
 				if b.WriteString(" " + c.Path); c.Removed {
 					b.WriteString("-")
 				}
+				if len(c.Content) > 0 {
+					b.WriteString("=" + string(c.Content))
+				}
 			}
 			return []byte(strings.TrimSpace(b.String())), nil
 		},
 		emit: func(_ context.Context, message []byte) error {
-			if fail == nil {
-				sent = append(sent, string(message))
+			if *fail == nil {
+				*sent = append(*sent, string(message))
 			}
-			return fail
+			return *fail
 		},
 	}
+}
+
+// What waits goes with the next message, in the order in which it happened; what must not be
+// lost is refused when it cannot be kept.
+func TestAuxFilesAreKept(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
 	const snap, old, slot = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state"
-	k.begin([]string{snap}, []string{old})
+	k.begin([]string{snap, old}, []auxfile.Change{{Path: old, Removed: true}})
 	keep := func(want error, changes ...auxfile.Change) {
 		t.Helper()
 		if err := k.keep(t.Context(), changes); !errors.Is(err, want) || (want == nil) != (err == nil) {
@@ -63,6 +71,24 @@ func TestAuxFilesAreKept(t *testing.T) {
 	}
 	want := []string{old + "- " + snap + "- " + slot, slot + "-", slot + " " + auxfile.Stats}
 	if diff := cmp.Diff(want, append(sent, string(last))); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// A client can be faster than the agent with ALTER SYSTEM, which must not be undone.
+func TestResetSettingsAreOlder(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const content = "work_mem = '7MB'"
+	k.begin(nil, []auxfile.Change{{Path: auxfile.Settings}})
+	if err := k.keep(t.Context(), []auxfile.Change{{Path: auxfile.Settings, Content: []byte(content)}}); err != nil {
+		t.Error(err)
+	}
+	if err := k.flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{auxfile.Settings + "=" + content}, sent); diff != "" {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
 }
