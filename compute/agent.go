@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"slices"
@@ -462,8 +463,11 @@ func (a *agent) sayLast() {
 	ctx, cancel := context.WithTimeout(a.life, queryTimeout)
 	defer cancel()
 	var changes []auxfile.Change
-	if stats, err := a.fs.ReadFile(auxfile.Stats); err == nil && len(stats) <= maxStats {
+	switch stats, err := readUpTo(a.fs, auxfile.Stats, maxStats); {
+	case err == nil:
 		changes = append(changes, auxfile.Change{Path: auxfile.Stats, Content: stats})
+	case !errors.Is(err, os.ErrNotExist):
+		a.log.Warn("the statistics could not be kept at the shutdown, and begin anew", "error", err)
 	}
 	message, err := a.aux.last(ctx, changes...)
 	if err == nil && message != nil {
@@ -481,6 +485,19 @@ func (a *agent) sayLast() {
 
 // maxStats leaves room in the last message for all else.
 const maxStats = auxfile.MaxContent / 2
+
+// readUpTo reads a whole file of at most limit bytes.
+func readUpTo(fs *pgfs.FS, name string, limit int) ([]byte, error) {
+	data := make([]byte, limit+1)
+	n, err := fs.ReadAt(name, data, 0)
+	switch {
+	case err == nil:
+		return nil, fmt.Errorf("%s has more than %d bytes, the most that is kept", name, limit)
+	case err != io.EOF:
+		return nil, err
+	}
+	return data[:n], nil
+}
 
 // fencedSoon tells whether Postgres ended because its last flush failed: it can be faster
 // than the news that this compute may not append any more.

@@ -70,7 +70,11 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 	}
 	if err == nil {
 		for _, c := range all {
-			k.mu.kept[c.Path] = !c.Removed
+			if c.Removed {
+				delete(k.mu.kept, c.Path)
+			} else {
+				k.mu.kept[c.Path] = true
+			}
 		}
 	}
 	return err

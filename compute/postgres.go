@@ -115,6 +115,14 @@ const (
 	adminShutdown    = "57P01"
 )
 
+// sqlState is the server's code for an error; empty if the error is not the server's.
+func sqlState(err error) string {
+	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) {
+		return pgErr.Code
+	}
+	return ""
+}
+
 // connect opens the agent's connection over the private socket.
 func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn, error) {
 	// Every parameter that the environment could set is set here.
@@ -137,7 +145,7 @@ func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn
 // connection to template1 must not stay: it keeps users from making databases.
 func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, err error) {
 	conn, err = p.connect(ctx, "postgres")
-	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && pgErr.Code == noSuchDatabase {
+	if sqlState(err) == noSuchDatabase {
 		conn, err = p.connect(ctx, "template1")
 		return conn, false, err
 	}
@@ -185,10 +193,9 @@ const quietWait = 500 * time.Millisecond
 func (p *postgres) openQuiet(ctx context.Context) (*pgconn.PgConn, error) {
 	quiet, cancel := context.WithTimeout(ctx, quietWait)
 	conn, err := p.connect(quiet, "template1")
+	late := quiet.Err() != nil
 	cancel()
-	pgErr := (*pgconn.PgError)(nil)
-	gone := errors.As(err, &pgErr) && (pgErr.Code == noSuchDatabase || pgErr.Code == notInThisState)
-	if gone || err != nil && quiet.Err() != nil {
+	if state := sqlState(err); state == noSuchDatabase || state == notInThisState || err != nil && late {
 		conn, _, err = p.open(ctx)
 	}
 	return conn, err
@@ -203,7 +210,7 @@ func (p *postgres) emit(ctx context.Context, prefix string, content []byte) erro
 		err = conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
 			[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
 	}
-	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && (pgErr.Code == cannotConnectNow || pgErr.Code == adminShutdown) {
+	if state := sqlState(err); state == cannotConnectNow || state == adminShutdown {
 		return fmt.Errorf("%w: %w", errNotServing, err)
 	}
 	return err
