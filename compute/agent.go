@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"slices"
@@ -32,7 +31,6 @@ import (
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
-	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 // agent is one life of an endpoint. Its parts are opened in the order of the fields and
@@ -240,17 +238,6 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	return nil
 }
 
-// untold is what the start changes of the branch's files.
-func (a *agent) untold() (changes []auxfile.Change) {
-	for _, name := range a.plan.Stale {
-		changes = append(changes, auxfile.Change{Path: name, Removed: true})
-	}
-	if len(a.cfg.ResetSettings) > 0 {
-		changes = append(changes, auxfile.Change{Path: auxfile.Settings, Content: a.plan.Auto})
-	}
-	return changes
-}
-
 // openHistory finds the WAL that replication slots need, and gives what of it stands on the
 // page where the log ends.
 func (a *agent) openHistory(ctx context.Context, oldest pg.LSN, state *pb.StartupStateResponse) (page []byte, err error) {
@@ -370,21 +357,6 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 	return a.settleAux(ctx)
 }
 
-// settleAux makes durable what has waited for Postgres to take connections, unless a client's
-// ALTER SYSTEM, faster than this, took it along.
-func (a *agent) settleAux(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	err := a.aux.flush(ctx)
-	if err != nil && len(a.cfg.ResetSettings) > 0 {
-		return fmt.Errorf("making durable that settings were reset: %w", err)
-	}
-	if err != nil {
-		a.log.Warn("telling the log of files that are gone; it is tried again", "error", err)
-	}
-	return nil
-}
-
 // blameSettings says what can be said about why Postgres did not come up.
 func (a *agent) blameSettings(err error) error {
 	said := a.postgres.log.Startup()
@@ -422,6 +394,7 @@ func (a *agent) supervise(ctx context.Context) error {
 	var jobs sync.WaitGroup
 	jobs.Go(func() { a.postgres.poll(work, a.fs, a.log) })
 	jobs.Go(func() { a.keepLog(work) })
+	jobs.Go(func() { a.flushAux(work) })
 	endJobs := func() { cancel(); jobs.Wait() }
 	defer endJobs()
 	select {
@@ -446,57 +419,6 @@ func (a *agent) supervise(ctx context.Context) error {
 		a.verifyAll(a.life)
 		return context.Cause(a.life)
 	}
-}
-
-// sayLast puts into the log, behind a shutdown in order, what Postgres left in files then:
-// where replication slots stand, and the statistics. It is not known to be lost if it fails: a
-// slot stands where it stood before, and statistics begin anew, as after a crash.
-func (a *agent) sayLast() {
-	select {
-	case <-a.postgres.Done():
-	default:
-		return
-	}
-	if a.postgres.Err() != nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(a.life, queryTimeout)
-	defer cancel()
-	var changes []auxfile.Change
-	switch stats, err := readUpTo(a.fs, auxfile.Stats, maxStats); {
-	case err == nil:
-		changes = append(changes, auxfile.Change{Path: auxfile.Stats, Content: stats})
-	case !errors.Is(err, os.ErrNotExist):
-		a.log.Warn("the statistics could not be kept at the shutdown, and begin anew", "error", err)
-	}
-	message, err := a.aux.last(ctx, changes...)
-	if err == nil && message != nil {
-		err = a.writer.Append(a.plan.SystemID, func(prev pg.LSN) []byte {
-			return walrec.Build(walrec.RmLogicalMsg, 0, 0, prev, auxfile.Record(message))
-		})
-		if err == nil {
-			err = a.writer.Sync(ctx)
-		}
-	}
-	if err != nil {
-		a.log.Warn("statistics, and where replication slots stand, could not be kept at the shutdown", "error", err)
-	}
-}
-
-// maxStats leaves room in the last message for all else.
-const maxStats = auxfile.MaxContent / 2
-
-// readUpTo reads a whole file of at most limit bytes.
-func readUpTo(fs *pgfs.FS, name string, limit int) ([]byte, error) {
-	data := make([]byte, limit+1)
-	n, err := fs.ReadAt(name, data, 0)
-	switch {
-	case err == nil:
-		return nil, fmt.Errorf("%s has more than %d bytes, the most that is kept", name, limit)
-	case err != io.EOF:
-		return nil, err
-	}
-	return data[:n], nil
 }
 
 // fencedSoon tells whether Postgres ended because its last flush failed: it can be faster

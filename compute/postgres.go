@@ -203,17 +203,29 @@ func (p *postgres) openQuiet(ctx context.Context) (*pgconn.PgConn, error) {
 
 // emit writes a logical message into the WAL and waits for the quorum.
 func (p *postgres) emit(ctx context.Context, prefix string, content []byte) error {
-	conn, err := p.openQuiet(ctx)
-	if err == nil {
-		defer closeConn(conn)
-		const binary = 1
-		err = conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
-			[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
+	err := p.emitOnce(ctx, prefix, content)
+	if sqlState(err) == adminShutdown { // or pg_terminate_backend: a shutdown takes no new connection
+		err = p.emitOnce(ctx, prefix, content)
 	}
 	if state := sqlState(err); state == cannotConnectNow || state == adminShutdown {
 		return fmt.Errorf("%w: %w", errNotServing, err)
 	}
 	return err
+}
+
+func (p *postgres) emitOnce(ctx context.Context, prefix string, content []byte) error {
+	conn, err := p.openQuiet(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return emitOn(ctx, conn, prefix, content)
+}
+
+func emitOn(ctx context.Context, conn *pgconn.PgConn, prefix string, content []byte) error {
+	const binary = 1
+	return conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
+		[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
 }
 
 // poll tells the mount, now and then, what runs in Postgres, so that it may let pages go

@@ -1,6 +1,7 @@
 package compute
 
 import (
+	"errors"
 	"net"
 	"path/filepath"
 	"strings"
@@ -116,6 +117,27 @@ func TestMessagesAreForNobody(t *testing.T) {
 		}
 		if diff := cmp.Diff(c.asked, strings.Join(s.asked, " ")); diff != "" {
 			t.Errorf("%v: asked (-want +got):\n%s", c.connect, diff)
+		}
+	}
+}
+
+// Somebody may end the agent's backend, which is no shutdown.
+func TestMessagesAreTriedAgain(t *testing.T) {
+	for _, c := range []struct {
+		server *server
+		asked  string
+		code   string
+	}{
+		{&server{message: []string{adminShutdown}}, "template1 message template1 message", ""},
+		{&server{message: []string{adminShutdown}, connect: []string{"", cannotConnectNow}}, "template1 message template1", cannotConnectNow},
+		{&server{message: []string{adminShutdown, adminShutdown}}, "template1 message template1 message", adminShutdown},
+	} {
+		err := c.server.listen(t).emit(t.Context(), "prefix", []byte("content"))
+		if sqlState(err) != c.code || (err == nil) != (c.code == "") || err != nil && !errors.Is(err, errNotServing) {
+			t.Errorf("%s: error %v, want %q", c.asked, err, c.code)
+		}
+		if diff := cmp.Diff(c.asked, strings.Join(c.server.asked, " ")); diff != "" {
+			t.Errorf("asked (-want +got):\n%s", diff)
 		}
 	}
 }
