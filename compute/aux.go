@@ -23,6 +23,7 @@ type auxKeeper struct {
 		sync.Mutex // held while a message is under way: the log's order is that of the changes
 		pending    []auxfile.Change
 		kept       map[string]bool // what the branch has, or is about to have
+		behind     map[string]bool // slots of which the branch has an older state than Postgres
 	}
 }
 
@@ -34,7 +35,7 @@ var errNotServing = errors.New("the endpoint's Postgres takes no connections")
 func (k *auxKeeper) begin(kept []string, waiting []auxfile.Change) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mu.kept = make(map[string]bool)
+	k.mu.kept, k.mu.behind = make(map[string]bool), make(map[string]bool)
 	for _, name := range kept {
 		k.mu.kept[name] = true
 	}
@@ -46,6 +47,7 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	all, waits := k.mu.pending, true
+	var told []auxfile.Change
 	for _, c := range changes {
 		switch {
 		case c.Path == auxfile.Stats: // taken at the end, if that is in order
@@ -56,41 +58,53 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 			continue
 		}
 		// That an old snapshot or mapping is gone is no news that must not get lost.
-		waits = waits && c.Removed && !strings.HasPrefix(c.Path, auxfile.Slots+"/")
-		all = with(all, c)
+		waits = waits && c.Removed && isDecoding(c.Path)
+		all, told = with(all, c), append(told, c)
 	}
 	if waits {
 		k.mu.pending = all
 		return nil
 	}
-	err := k.sendLocked(ctx, all)
+	err := k.sendLocked(ctx, all, told)
 	if errors.Is(err, errNotServing) && !slices.ContainsFunc(changes, func(c auxfile.Change) bool { return c.Path == auxfile.Settings }) {
 		k.mu.pending = all
 		err = nil
 	}
-	if err == nil {
-		for _, c := range all {
-			if c.Removed {
-				delete(k.mu.kept, c.Path)
-			} else {
-				k.mu.kept[c.Path] = true
-			}
-		}
+	for _, c := range told {
+		k.noteLocked(c, err)
 	}
 	return err
+}
+
+// noteLocked remembers what is known of a file now.
+func (k *auxKeeper) noteLocked(c auxfile.Change, err error) {
+	isSlot := strings.HasPrefix(c.Path, auxfile.Slots+"/")
+	switch {
+	case err != nil && isSlot && !c.Removed:
+		k.mu.behind[c.Path] = true
+	case err != nil:
+	case c.Removed:
+		delete(k.mu.kept, c.Path)
+		delete(k.mu.behind, c.Path)
+	default:
+		k.mu.kept[c.Path] = true
+		delete(k.mu.behind, c.Path)
+	}
 }
 
 // flush sends what waits.
 func (k *auxKeeper) flush(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if len(k.mu.pending) == 0 {
-		return nil
-	}
-	return k.sendLocked(ctx, k.mu.pending)
+	return k.sendLocked(ctx, k.mu.pending, nil)
 }
 
-func (k *auxKeeper) sendLocked(ctx context.Context, changes []auxfile.Change) error {
+// sendLocked sends changes: those that wait and, among them, told.
+func (k *auxKeeper) sendLocked(ctx context.Context, changes, told []auxfile.Change) error {
+	changes, held := k.holdLocked(changes, told)
+	if len(changes) == 0 {
+		return nil
+	}
 	message, err := k.seal(ctx, changes)
 	if err != nil {
 		return err
@@ -98,8 +112,36 @@ func (k *auxKeeper) sendLocked(ctx context.Context, changes []auxfile.Change) er
 	if err := k.emit(ctx, message); err != nil {
 		return err
 	}
-	k.mu.pending = nil
+	k.mu.pending = held
+	for _, c := range changes {
+		if c.Removed {
+			delete(k.mu.kept, c.Path)
+		}
+	}
 	return nil
+}
+
+// holdLocked keeps back what a slot may need at the next start that is behind, and that told
+// does not bring up to date: Postgres removes files of logical decoding by where its slots
+// stand, the branch has to by where they stood.
+func (k *auxKeeper) holdLocked(changes, told []auxfile.Change) (now, held []auxfile.Change) {
+	behind := len(k.mu.behind)
+	for _, c := range told {
+		if k.mu.behind[c.Path] {
+			behind--
+		}
+	}
+	if behind == 0 {
+		return changes, nil
+	}
+	for _, c := range changes {
+		if c.Removed && isDecoding(c.Path) {
+			held = append(held, c)
+		} else {
+			now = append(now, c)
+		}
+	}
+	return now, held
 }
 
 // last is the message for the end of a shutdown in order; nil if there is nothing to say.
@@ -110,6 +152,7 @@ func (k *auxKeeper) last(ctx context.Context, changes ...auxfile.Change) ([]byte
 	for _, c := range changes {
 		all = with(all, c)
 	}
+	all, _ = k.holdLocked(all, nil)
 	if len(all) == 0 {
 		return nil, nil
 	}
@@ -120,6 +163,11 @@ func (k *auxKeeper) last(ctx context.Context, changes ...auxfile.Change) ([]byte
 func with(list []auxfile.Change, c auxfile.Change) []auxfile.Change {
 	list = slices.DeleteFunc(slices.Clone(list), func(old auxfile.Change) bool { return old.Path == c.Path })
 	return append(list, c)
+}
+
+// isDecoding tells of a file of logical decoding, which slots need.
+func isDecoding(name string) bool {
+	return strings.HasPrefix(name, auxfile.Snapshots+"/") || strings.HasPrefix(name, auxfile.Mappings+"/")
 }
 
 // isTemporarySlot tells of a slot that ends with its connection.

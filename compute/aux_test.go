@@ -92,3 +92,35 @@ func TestResetSettingsAreOlder(t *testing.T) {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
 }
+
+// The branch must not lose what the older state of a slot needs, as long as it has that.
+func TestSnapshotsOfSlotsThatAreBehind(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const snap, slot, other = "pg_logical/snapshots/0-1.snap", "pg_replslot/s/state", "pg_replslot/t/state"
+	k.begin([]string{snap, slot}, nil)
+	do := func(want error, path string, removed bool) {
+		t.Helper()
+		if err := k.keep(t.Context(), []auxfile.Change{{Path: path, Removed: removed}}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
+	}
+	fail = errNotServing
+	do(nil, slot, false) // waits: older than the one that is lost
+	fail = errors.New("broken")
+	do(fail, slot, false)
+	fail = nil
+	do(nil, snap, true)
+	do(nil, other, false)
+	if err := k.flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if last, err := k.last(t.Context()); last != nil || err != nil {
+		t.Errorf("at the end: %s, %v", last, err)
+	}
+	do(nil, slot, false)
+	if diff := cmp.Diff([]string{slot + " " + other, snap + "- " + slot}, sent); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
