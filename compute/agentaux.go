@@ -71,7 +71,7 @@ func (a *agent) sayLast() {
 	default:
 		return
 	}
-	if a.postgres.Err() != nil {
+	if a.postgres.inOrder(a.fs) != nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(a.life, queryTimeout)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -204,8 +205,24 @@ func TestPostgres(t *testing.T) {
 	}
 	closeConn(conn)
 	pg.stop(nil)
-	if err := pg.Err(); err != nil {
+	if err := pg.inOrder(fs); err != nil {
 		t.Errorf("a stop in order ended with %v", err)
+	}
+}
+
+// TestImmediateShutdown ends with success, and is none in order.
+func TestImmediateShutdown(t *testing.T) {
+	pg, fs := local(t, nil)
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pg.Signal(syscall.SIGQUIT)
+	<-pg.Done()
+	if err := pg.Err(); err != nil {
+		t.Fatalf("it ended with %v", err)
+	}
+	if pg.inOrder(fs) == nil {
+		t.Error("it is taken for a shutdown in order")
 	}
 }
 

@@ -72,6 +72,29 @@ func (p *postgres) ended() error {
 	return fmt.Errorf("the server ended: %w", err)
 }
 
+// inOrder tells what was not in order with a shutdown that has ended. The exit status does not
+// tell: it is 0 after an immediate shutdown, too.
+func (p *postgres) inOrder(fs *pgfs.FS) error {
+	if err := p.Err(); err != nil {
+		return err
+	}
+	data, err := fs.ReadFile(controlFile)
+	if err != nil {
+		return err
+	}
+	control, err := pg.ParseControlFile(data)
+	if err != nil {
+		return err
+	}
+	if control.State != pg.DBShutdowned {
+		return fmt.Errorf("the server left the cluster in state %d, not shut down (%d)", control.State, pg.DBShutdowned)
+	}
+	return nil
+}
+
+// controlFile is where Postgres says how it ended.
+const controlFile = "global/pg_control"
+
 // stop shuts Postgres down in order, then with less and less of it. cut ends the patience.
 func (p *postgres) stop(cut <-chan struct{}) {
 	for _, step := range []struct {
