@@ -90,6 +90,7 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		return errNotServing
 	}
+	a.aux.show = func(name string) ([]byte, error) { return a.fs.ReadFile(name) }
 	a.life, a.kill = context.WithCancelCause(context.Background())
 	err := a.run(ctx)
 	return errors.Join(err, a.end())

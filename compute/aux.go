@@ -3,6 +3,9 @@ package compute
 import (
 	"context"
 	"errors"
+	"fmt"
+	iofs "io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -18,12 +21,14 @@ import (
 type auxKeeper struct {
 	seal func(ctx context.Context, changes []auxfile.Change) ([]byte, error)
 	emit func(ctx context.Context, message []byte) error // fails with errNotServing
+	show func(name string) ([]byte, error)               // what the data directory has
 
 	mu struct {
 		sync.Mutex // held while a message is under way: the log's order is that of the changes
 		pending    []auxfile.Change
 		kept       map[string]bool // what the branch has, or is about to have
 		behind     map[string]bool // slots of which the branch has an older state than Postgres
+		unsure     map[string]bool // slots and settings of which it is not known what the branch has
 	}
 }
 
@@ -35,7 +40,7 @@ var errNotServing = errors.New("the endpoint's Postgres takes no connections")
 func (k *auxKeeper) begin(kept []string, waiting []auxfile.Change) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mu.kept, k.mu.behind = make(map[string]bool), make(map[string]bool)
+	k.mu.kept, k.mu.behind, k.mu.unsure = make(map[string]bool), make(map[string]bool), make(map[string]bool)
 	for _, name := range kept {
 		k.mu.kept[name] = true
 	}
@@ -54,7 +59,7 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 			continue
 		case !c.Removed && isTemporarySlot(c):
 			continue
-		case c.Removed && !k.mu.kept[c.Path] && !strings.HasPrefix(c.Path, auxfile.Mappings+"/"):
+		case c.Removed && !k.mu.kept[c.Path] && !k.mu.unsure[c.Path] && !strings.HasPrefix(c.Path, auxfile.Mappings+"/"):
 			continue
 		}
 		// That an old snapshot or mapping is gone is no news that must not get lost.
@@ -76,19 +81,30 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 	return err
 }
 
-// noteLocked remembers what is known of a file now.
+// noteLocked remembers what is known of a file now. A message that failed may have reached the
+// log all the same, and be found there at the next start: harmless for a snapshot, which would
+// be made again as it was, but not for a slot or settings.
 func (k *auxKeeper) noteLocked(c auxfile.Change, err error) {
-	isSlot := strings.HasPrefix(c.Path, auxfile.Slots+"/")
-	switch {
-	case err != nil && isSlot && !c.Removed:
+	if err == nil {
+		k.hasLocked(c)
+		delete(k.mu.behind, c.Path)
+		return
+	}
+	if !isDecoding(c.Path) {
+		k.mu.unsure[c.Path] = true
+	}
+	if isSlot(c.Path) && !c.Removed {
 		k.mu.behind[c.Path] = true
-	case err != nil:
-	case c.Removed:
+	}
+}
+
+// hasLocked notes that the branch has what a change says.
+func (k *auxKeeper) hasLocked(c auxfile.Change) {
+	delete(k.mu.unsure, c.Path)
+	if c.Removed {
 		delete(k.mu.kept, c.Path)
-		delete(k.mu.behind, c.Path)
-	default:
+	} else {
 		k.mu.kept[c.Path] = true
-		delete(k.mu.behind, c.Path)
 	}
 }
 
@@ -101,6 +117,13 @@ func (k *auxKeeper) flush(ctx context.Context) error {
 
 // sendLocked sends changes: those that wait and, among them, told.
 func (k *auxKeeper) sendLocked(ctx context.Context, changes, told []auxfile.Change) error {
+	shown, err := k.shownLocked(told)
+	if err != nil {
+		return err
+	}
+	for _, c := range shown {
+		changes = with(changes, c)
+	}
 	changes, held := k.holdLocked(changes, told)
 	if len(changes) == 0 {
 		return nil
@@ -118,7 +141,33 @@ func (k *auxKeeper) sendLocked(ctx context.Context, changes, told []auxfile.Chan
 			delete(k.mu.kept, c.Path)
 		}
 	}
+	for _, c := range shown {
+		k.hasLocked(c)
+		if c.Removed { // else Postgres still has what was refused
+			delete(k.mu.behind, c.Path)
+		}
+	}
 	return nil
+}
+
+// shownLocked gives the files of which it is not known what the branch has, told apart, as the
+// data directory has them: what was refused does not show.
+func (k *auxKeeper) shownLocked(told []auxfile.Change) (shown []auxfile.Change, err error) {
+	for _, name := range slices.Sorted(maps.Keys(k.mu.unsure)) {
+		if slices.ContainsFunc(told, func(c auxfile.Change) bool { return c.Path == name }) {
+			continue
+		}
+		content, err := k.show(name)
+		c := auxfile.Change{Path: name, Content: content}
+		switch {
+		case errors.Is(err, iofs.ErrNotExist), err == nil && isTemporarySlot(c):
+			c = auxfile.Change{Path: name, Removed: true}
+		case err != nil:
+			return nil, fmt.Errorf("looking what is to be kept: %w", err)
+		}
+		shown = append(shown, c)
+	}
+	return shown, nil
 }
 
 // holdLocked keeps back what a slot may need at the next start that is behind, and that told
@@ -148,8 +197,12 @@ func (k *auxKeeper) holdLocked(changes, told []auxfile.Change) (now, held []auxf
 func (k *auxKeeper) last(ctx context.Context, changes ...auxfile.Change) ([]byte, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	shown, err := k.shownLocked(nil)
+	if err != nil {
+		return nil, err
+	}
 	all := k.mu.pending
-	for _, c := range changes {
+	for _, c := range slices.Concat(shown, changes) {
 		all = with(all, c)
 	}
 	all, _ = k.holdLocked(all, nil)
@@ -170,9 +223,11 @@ func isDecoding(name string) bool {
 	return strings.HasPrefix(name, auxfile.Snapshots+"/") || strings.HasPrefix(name, auxfile.Mappings+"/")
 }
 
+func isSlot(name string) bool { return strings.HasPrefix(name, auxfile.Slots+"/") }
+
 // isTemporarySlot tells of a slot that ends with its connection.
 func isTemporarySlot(c auxfile.Change) bool {
-	if !strings.HasPrefix(c.Path, auxfile.Slots+"/") {
+	if !isSlot(c.Path) {
 		return false
 	}
 	s, err := pg.ParseReplicationSlot(c.Content)

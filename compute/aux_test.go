@@ -3,6 +3,7 @@ package compute
 import (
 	"context"
 	"errors"
+	iofs "io/fs"
 	"strings"
 	"testing"
 
@@ -32,6 +33,7 @@ func recorder(sent *[]string, fail *error) *auxKeeper {
 			}
 			return *fail
 		},
+		show: func(string) ([]byte, error) { return nil, iofs.ErrNotExist },
 	}
 }
 
@@ -41,7 +43,7 @@ func TestAuxFilesAreKept(t *testing.T) {
 	var sent []string
 	var fail error
 	k := recorder(&sent, &fail)
-	const snap, old, slot = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state"
+	const snap, old, slot, made = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state", "pg_replslot/t/state"
 	k.begin([]string{snap, old}, []auxfile.Change{{Path: old, Removed: true}})
 	keep := func(want error, changes ...auxfile.Change) {
 		t.Helper()
@@ -58,7 +60,7 @@ func TestAuxFilesAreKept(t *testing.T) {
 	keep(errNotServing, auxfile.Change{Path: auxfile.Settings})
 	keep(nil, auxfile.Change{Path: slot, Removed: true}) // waits for Postgres
 	fail = broken
-	keep(broken, auxfile.Change{Path: "pg_replslot/t/state"})
+	keep(broken, auxfile.Change{Path: made})
 	fail = nil
 	if err := k.flush(t.Context()); err != nil {
 		t.Error(err)
@@ -69,7 +71,7 @@ func TestAuxFilesAreKept(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	want := []string{old + "- " + snap + "- " + slot, slot + "-", slot + " " + auxfile.Stats}
+	want := []string{old + "- " + snap + "- " + slot, slot + "- " + made + "- " + auxfile.Settings + "-", slot + " " + auxfile.Stats}
 	if diff := cmp.Diff(want, append(sent, string(last))); diff != "" {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
@@ -98,6 +100,7 @@ func TestSnapshotsOfSlotsThatAreBehind(t *testing.T) {
 	var sent []string
 	var fail error
 	k := recorder(&sent, &fail)
+	k.show = func(string) ([]byte, error) { return []byte("older"), nil }
 	const snap, slot, other = "pg_logical/snapshots/0-1.snap", "pg_replslot/s/state", "pg_replslot/t/state"
 	k.begin([]string{snap, slot}, nil)
 	do := func(want error, path string, removed bool) {
@@ -120,7 +123,51 @@ func TestSnapshotsOfSlotsThatAreBehind(t *testing.T) {
 		t.Errorf("at the end: %s, %v", last, err)
 	}
 	do(nil, slot, false)
-	if diff := cmp.Diff([]string{slot + " " + other, snap + "- " + slot}, sent); diff != "" {
+	if diff := cmp.Diff([]string{other + " " + slot + "=older", snap + "- " + slot}, sent); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// A message that failed may be in the log: what the data directory has is told after it.
+func TestUnknownOutcomes(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const slot, gone, other = "pg_replslot/s/state", "pg_replslot/gone/state", "pg_replslot/t/state"
+	k.show = func(name string) ([]byte, error) {
+		if name == gone {
+			return nil, iofs.ErrNotExist
+		}
+		return []byte("old"), nil
+	}
+	k.begin([]string{slot}, nil)
+	do := func(want error, c auxfile.Change) {
+		t.Helper()
+		if err := k.keep(t.Context(), []auxfile.Change{c}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", c.Path, err, want)
+		}
+	}
+	flush := func() {
+		t.Helper()
+		if err := k.flush(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	lost := errors.New("lost")
+	fail = lost
+	do(lost, auxfile.Change{Path: auxfile.Settings, Content: []byte("new")})
+	do(lost, auxfile.Change{Path: slot, Removed: true})
+	do(lost, auxfile.Change{Path: gone, Content: []byte("new")})
+	do(lost, auxfile.Change{Path: other, Content: []byte("new")})
+	if last, err := k.last(t.Context()); err != nil || string(last) != gone+"- "+slot+"=old "+other+"=old "+auxfile.Settings+"=old" {
+		t.Errorf("at the end: %s, %v", last, err)
+	}
+	fail = nil
+	do(nil, auxfile.Change{Path: other, Removed: true}) // it may be there
+	flush()                                             // nothing is unknown any more
+	do(nil, auxfile.Change{Path: slot, Removed: true})
+	want := []string{other + "- " + gone + "- " + slot + "=old " + auxfile.Settings + "=old", slot + "-"}
+	if diff := cmp.Diff(want, sent); diff != "" {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
 }
