@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 	"syscall"
 	"time"
 
@@ -22,6 +23,11 @@ type postgres struct {
 	*pgproc.Process
 	log      *pgproc.Log
 	settings *boot.Settings
+
+	standing struct {
+		sync.Mutex                // held while the connection is used
+		conn       *pgconn.PgConn // poll's; nil: none
+	}
 }
 
 // awaitAddress waits until the address can be listened on: the kernel may still be busy with
@@ -136,6 +142,8 @@ const (
 	notInThisState   = "55000" // of a database that takes no connections, for one
 	cannotConnectNow = "57P03"
 	adminShutdown    = "57P01"
+
+	tooManyConnections = "53300"
 )
 
 // sqlState is the server's code for an error; empty if the error is not the server's.
@@ -230,6 +238,13 @@ func (p *postgres) emit(ctx context.Context, prefix string, content []byte) erro
 	if sqlState(err) == adminShutdown { // or pg_terminate_backend: a shutdown takes no new connection
 		err = p.emitOnce(ctx, prefix, content)
 	}
+	if sqlState(err) == tooManyConnections {
+		p.standing.Lock()
+		if conn := p.standing.conn; conn != nil && !conn.IsClosed() {
+			err = emitOn(ctx, conn, prefix, content)
+		}
+		p.standing.Unlock()
+	}
 	if state := sqlState(err); state == cannotConnectNow || state == adminShutdown {
 		return fmt.Errorf("%w: %w", errNotServing, err)
 	}
@@ -252,37 +267,54 @@ func emitOn(ctx context.Context, conn *pgconn.PgConn, prefix string, content []b
 }
 
 // poll tells the mount, now and then, what runs in Postgres, so that it may let pages go
-// (C1). When a poll fails, pages stay.
+// (C1). When a poll fails, pages stay. Its connection stands, and is of use to emit where users
+// take all others.
 func (p *postgres) poll(ctx context.Context, fs *pgfs.FS, log *slog.Logger) {
-	var conn *pgconn.PgConn
-	defer func() {
-		if conn != nil {
-			closeConn(conn)
-		}
-	}()
+	defer p.endStanding()
 	for failed := false; ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(pollInterval):
 		}
-		stay := true
-		var err error
-		if conn == nil || conn.IsClosed() {
-			conn, stay, err = p.open(ctx)
-		}
-		if err == nil {
-			err = pollOnce(ctx, conn, fs)
-		}
-		if conn != nil && (err != nil || !stay) {
-			closeConn(conn)
-			conn = nil
-		}
+		err := p.pollStanding(ctx, fs)
 		if err != nil && !failed && ctx.Err() == nil {
 			log.Warn("asking Postgres what runs in it", "error", err)
 		}
 		failed = err != nil
 	}
+}
+
+func (p *postgres) endStanding() {
+	p.standing.Lock()
+	defer p.standing.Unlock()
+	p.endStandingLocked()
+}
+
+func (p *postgres) endStandingLocked() {
+	if p.standing.conn != nil {
+		closeConn(p.standing.conn)
+		p.standing.conn = nil
+	}
+}
+
+func (p *postgres) pollStanding(ctx context.Context, fs *pgfs.FS) error {
+	p.standing.Lock()
+	defer p.standing.Unlock()
+	stay := true
+	if p.standing.conn == nil || p.standing.conn.IsClosed() {
+		conn, mayStay, err := p.open(ctx)
+		if err != nil {
+			p.standing.conn = nil
+			return err
+		}
+		p.standing.conn, stay = conn, mayStay
+	}
+	err := pollOnce(ctx, p.standing.conn, fs)
+	if err != nil || !stay {
+		p.endStandingLocked()
+	}
+	return err
 }
 
 // running asks which transactions run, then how far WAL was inserted: in that order.

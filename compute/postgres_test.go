@@ -141,3 +141,24 @@ func TestMessagesAreTriedAgain(t *testing.T) {
 		}
 	}
 }
+
+// Users may have taken all connections but the one that stands.
+func TestMessagesWithoutRoom(t *testing.T) {
+	s := &server{connect: []string{"", tooManyConnections, tooManyConnections}}
+	p := s.listen(t)
+	conn, err := p.connect(t.Context(), "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.standing.conn = conn
+	if err := p.emit(t.Context(), "prefix", []byte("content")); err != nil {
+		t.Error(err)
+	}
+	p.endStanding()
+	if err := p.emit(t.Context(), "prefix", []byte("content")); sqlState(err) != tooManyConnections {
+		t.Errorf("without a connection that stands: %v", err)
+	}
+	if diff := cmp.Diff("postgres template1 message template1", strings.Join(s.asked, " ")); diff != "" {
+		t.Errorf("asked (-want +got):\n%s", diff)
+	}
+}
