@@ -31,7 +31,6 @@ import (
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
-	"github.com/holdfastdb/holdfast/internal/walrec"
 )
 
 // agent is one life of an endpoint. Its parts are opened in the order of the fields and
@@ -91,6 +90,7 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		return errNotServing
 	}
+	a.aux.show = func(name string) ([]byte, error) { return a.fs.ReadFile(name) }
 	a.life, a.kill = context.WithCancelCause(context.Background())
 	err := a.run(ctx)
 	return errors.Join(err, a.end())
@@ -235,7 +235,7 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	for _, f := range state.Files {
 		kept = append(kept, f.Path)
 	}
-	a.aux.begin(kept, a.plan.Stale)
+	a.aux.begin(kept, a.untold())
 	return nil
 }
 
@@ -358,22 +358,6 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 	return a.settleAux(ctx)
 }
 
-// settleAux makes durable what has waited for Postgres to take connections.
-func (a *agent) settleAux(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	if len(a.cfg.ResetSettings) > 0 {
-		if err := a.aux.keep(ctx, []auxfile.Change{{Path: auxfile.Settings, Content: a.plan.Auto}}); err != nil {
-			return fmt.Errorf("making durable that settings were reset: %w", err)
-		}
-		return nil
-	}
-	if err := a.aux.flush(ctx); err != nil {
-		a.log.Warn("telling the log of files that are gone; it is tried again", "error", err)
-	}
-	return nil
-}
-
 // blameSettings says what can be said about why Postgres did not come up.
 func (a *agent) blameSettings(err error) error {
 	said := a.postgres.log.Startup()
@@ -411,6 +395,7 @@ func (a *agent) supervise(ctx context.Context) error {
 	var jobs sync.WaitGroup
 	jobs.Go(func() { a.postgres.poll(work, a.fs, a.log) })
 	jobs.Go(func() { a.keepLog(work) })
+	jobs.Go(func() { a.flushAux(work) })
 	endJobs := func() { cancel(); jobs.Wait() }
 	defer endJobs()
 	select {
@@ -436,41 +421,6 @@ func (a *agent) supervise(ctx context.Context) error {
 		return context.Cause(a.life)
 	}
 }
-
-// sayLast puts into the log, behind a shutdown in order, what Postgres left in files then:
-// where replication slots stand, and the statistics. It is not known to be lost if it fails: a
-// slot stands where it stood before, and statistics begin anew, as after a crash.
-func (a *agent) sayLast() {
-	select {
-	case <-a.postgres.Done():
-	default:
-		return
-	}
-	if a.postgres.Err() != nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(a.life, queryTimeout)
-	defer cancel()
-	var changes []auxfile.Change
-	if stats, err := a.fs.ReadFile(auxfile.Stats); err == nil && len(stats) <= maxStats {
-		changes = append(changes, auxfile.Change{Path: auxfile.Stats, Content: stats})
-	}
-	message, err := a.aux.last(ctx, changes...)
-	if err == nil && message != nil {
-		err = a.writer.Append(a.plan.SystemID, func(prev pg.LSN) []byte {
-			return walrec.Build(walrec.RmLogicalMsg, 0, 0, prev, auxfile.Record(message))
-		})
-		if err == nil {
-			err = a.writer.Sync(ctx)
-		}
-	}
-	if err != nil {
-		a.log.Warn("statistics, and where replication slots stand, could not be kept at the shutdown", "error", err)
-	}
-}
-
-// maxStats leaves room in the last message for all else.
-const maxStats = auxfile.MaxContent / 2
 
 // fencedSoon tells whether Postgres ended because its last flush failed: it can be faster
 // than the news that this compute may not append any more.

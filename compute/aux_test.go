@@ -3,6 +3,7 @@ package compute
 import (
 	"context"
 	"errors"
+	iofs "io/fs"
 	"strings"
 	"testing"
 
@@ -11,30 +12,39 @@ import (
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 )
 
-// What waits goes with the next message, in the order in which it happened; what must not be
-// lost is refused when it cannot be kept.
-func TestAuxFilesAreKept(t *testing.T) {
-	var sent []string
-	var fail error
-	k := &auxKeeper{
+// recorder is a keeper whose messages name the files, with what is in them.
+func recorder(sent *[]string, fail *error) *auxKeeper {
+	return &auxKeeper{
 		seal: func(_ context.Context, changes []auxfile.Change) ([]byte, error) {
 			var b strings.Builder
 			for _, c := range changes {
 				if b.WriteString(" " + c.Path); c.Removed {
 					b.WriteString("-")
 				}
+				if len(c.Content) > 0 {
+					b.WriteString("=" + string(c.Content))
+				}
 			}
 			return []byte(strings.TrimSpace(b.String())), nil
 		},
 		emit: func(_ context.Context, message []byte) error {
-			if fail == nil {
-				sent = append(sent, string(message))
+			if *fail == nil {
+				*sent = append(*sent, string(message))
 			}
-			return fail
+			return *fail
 		},
+		show: func(string) ([]byte, error) { return nil, iofs.ErrNotExist },
 	}
-	const snap, old, slot = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state"
-	k.begin([]string{snap}, []string{old})
+}
+
+// What waits goes with the next message, in the order in which it happened; what must not be
+// lost is refused when it cannot be kept.
+func TestAuxFilesAreKept(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const snap, old, slot, made = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state", "pg_replslot/t/state"
+	k.begin([]string{snap, old}, []auxfile.Change{{Path: old, Removed: true}})
 	keep := func(want error, changes ...auxfile.Change) {
 		t.Helper()
 		if err := k.keep(t.Context(), changes); !errors.Is(err, want) || (want == nil) != (err == nil) {
@@ -50,7 +60,7 @@ func TestAuxFilesAreKept(t *testing.T) {
 	keep(errNotServing, auxfile.Change{Path: auxfile.Settings})
 	keep(nil, auxfile.Change{Path: slot, Removed: true}) // waits for Postgres
 	fail = broken
-	keep(broken, auxfile.Change{Path: "pg_replslot/t/state"})
+	keep(broken, auxfile.Change{Path: made})
 	fail = nil
 	if err := k.flush(t.Context()); err != nil {
 		t.Error(err)
@@ -61,8 +71,103 @@ func TestAuxFilesAreKept(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	want := []string{old + "- " + snap + "- " + slot, slot + "-", slot + " " + auxfile.Stats}
+	want := []string{old + "- " + snap + "- " + slot, slot + "- " + made + "- " + auxfile.Settings + "-", slot + " " + auxfile.Stats}
 	if diff := cmp.Diff(want, append(sent, string(last))); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// A client can be faster than the agent with ALTER SYSTEM, which must not be undone.
+func TestResetSettingsAreOlder(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const content = "work_mem = '7MB'"
+	k.begin(nil, []auxfile.Change{{Path: auxfile.Settings}})
+	if err := k.keep(t.Context(), []auxfile.Change{{Path: auxfile.Settings, Content: []byte(content)}}); err != nil {
+		t.Error(err)
+	}
+	if err := k.flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{auxfile.Settings + "=" + content}, sent); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// The branch must not lose what the older state of a slot needs, as long as it has that.
+func TestSnapshotsOfSlotsThatAreBehind(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	k.show = func(string) ([]byte, error) { return []byte("older"), nil }
+	const snap, slot, other = "pg_logical/snapshots/0-1.snap", "pg_replslot/s/state", "pg_replslot/t/state"
+	k.begin([]string{snap, slot}, nil)
+	do := func(want error, path string, removed bool) {
+		t.Helper()
+		if err := k.keep(t.Context(), []auxfile.Change{{Path: path, Removed: removed}}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
+	}
+	fail = errNotServing
+	do(nil, slot, false) // waits: older than the one that is lost
+	fail = errors.New("broken")
+	do(fail, slot, false)
+	fail = nil
+	do(nil, snap, true)
+	do(nil, other, false)
+	if err := k.flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if last, err := k.last(t.Context()); last != nil || err != nil {
+		t.Errorf("at the end: %s, %v", last, err)
+	}
+	do(nil, slot, false)
+	if diff := cmp.Diff([]string{other + " " + slot + "=older", snap + "- " + slot}, sent); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// A message that failed may be in the log: what the data directory has is told after it.
+func TestUnknownOutcomes(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const slot, gone, other = "pg_replslot/s/state", "pg_replslot/gone/state", "pg_replslot/t/state"
+	k.show = func(name string) ([]byte, error) {
+		if name == gone {
+			return nil, iofs.ErrNotExist
+		}
+		return []byte("old"), nil
+	}
+	k.begin([]string{slot}, nil)
+	do := func(want error, c auxfile.Change) {
+		t.Helper()
+		if err := k.keep(t.Context(), []auxfile.Change{c}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", c.Path, err, want)
+		}
+	}
+	flush := func() {
+		t.Helper()
+		if err := k.flush(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	lost := errors.New("lost")
+	fail = lost
+	do(lost, auxfile.Change{Path: auxfile.Settings, Content: []byte("new")})
+	do(lost, auxfile.Change{Path: slot, Removed: true})
+	do(lost, auxfile.Change{Path: gone, Content: []byte("new")})
+	do(lost, auxfile.Change{Path: other, Content: []byte("new")})
+	if last, err := k.last(t.Context()); err != nil || string(last) != gone+"- "+slot+"=old "+other+"=old "+auxfile.Settings+"=old" {
+		t.Errorf("at the end: %s, %v", last, err)
+	}
+	fail = nil
+	do(nil, auxfile.Change{Path: other, Removed: true}) // it may be there
+	flush()                                             // nothing is unknown any more
+	do(nil, auxfile.Change{Path: slot, Removed: true})
+	want := []string{other + "- " + gone + "- " + slot + "=old " + auxfile.Settings + "=old", slot + "-"}
+	if diff := cmp.Diff(want, sent); diff != "" {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
 }

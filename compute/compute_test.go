@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -204,8 +205,24 @@ func TestPostgres(t *testing.T) {
 	}
 	closeConn(conn)
 	pg.stop(nil)
-	if err := pg.Err(); err != nil {
+	if err := pg.inOrder(fs); err != nil {
 		t.Errorf("a stop in order ended with %v", err)
+	}
+}
+
+// TestImmediateShutdown ends with success, and is none in order.
+func TestImmediateShutdown(t *testing.T) {
+	pg, fs := local(t, nil)
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pg.Signal(syscall.SIGQUIT)
+	<-pg.Done()
+	if err := pg.Err(); err != nil {
+		t.Fatalf("it ended with %v", err)
+	}
+	if pg.inOrder(fs) == nil {
+		t.Error("it is taken for a shutdown in order")
 	}
 }
 
@@ -215,6 +232,28 @@ func TestWrongSetting(t *testing.T) {
 	err := pg.awaitReady(context.Background())
 	if err == nil || !strings.Contains(err.Error(), "work_mem") {
 		t.Fatalf("error %v does not name the setting", err)
+	}
+}
+
+// TestLogOfARunningServer: nothing of it is told, though the setting keeps Postgres from saying
+// that it takes connections.
+func TestLogOfARunningServer(t *testing.T) {
+	pg, _ := local(t, map[string]string{"log_min_messages": "fatal"})
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const secret = "a_name_that_users_sent"
+	if _, err := pg.connect(t.Context(), secret); err == nil {
+		t.Fatal("there is such a database")
+	}
+	if !pg.kill() {
+		t.Fatal("Postgres outlived SIGKILL")
+	}
+	if text, _ := pg.log.Tail(); !strings.Contains(string(text), secret) {
+		t.Fatalf("the log does not hold what the test is about: %s", text)
+	}
+	if err := pg.ended(); strings.Contains(err.Error(), secret) {
+		t.Errorf("the end is told with the server's log: %v", err)
 	}
 }
 

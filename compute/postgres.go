@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 	"syscall"
 	"time"
 
@@ -22,6 +23,11 @@ type postgres struct {
 	*pgproc.Process
 	log      *pgproc.Log
 	settings *boot.Settings
+
+	standing struct {
+		sync.Mutex                // held while the connection is used
+		conn       *pgconn.PgConn // poll's; nil: none
+	}
 }
 
 // awaitAddress waits until the address can be listened on: the kernel may still be busy with
@@ -72,6 +78,29 @@ func (p *postgres) ended() error {
 	return fmt.Errorf("the server ended: %w", err)
 }
 
+// inOrder tells what was not in order with a shutdown that has ended. The exit status does not
+// tell: it is 0 after an immediate shutdown, too.
+func (p *postgres) inOrder(fs *pgfs.FS) error {
+	if err := p.Err(); err != nil {
+		return err
+	}
+	data, err := fs.ReadFile(controlFile)
+	if err != nil {
+		return err
+	}
+	control, err := pg.ParseControlFile(data)
+	if err != nil {
+		return err
+	}
+	if control.State != pg.DBShutdowned {
+		return fmt.Errorf("the server left the cluster in state %d, not shut down (%d)", control.State, pg.DBShutdowned)
+	}
+	return nil
+}
+
+// controlFile is where Postgres says how it ended.
+const controlFile = "global/pg_control"
+
 // stop shuts Postgres down in order, then with less and less of it. cut ends the patience.
 func (p *postgres) stop(cut <-chan struct{}) {
 	for _, step := range []struct {
@@ -113,7 +142,17 @@ const (
 	notInThisState   = "55000" // of a database that takes no connections, for one
 	cannotConnectNow = "57P03"
 	adminShutdown    = "57P01"
+
+	tooManyConnections = "53300"
 )
+
+// sqlState is the server's code for an error; empty if the error is not the server's.
+func sqlState(err error) string {
+	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) {
+		return pgErr.Code
+	}
+	return ""
+}
 
 // connect opens the agent's connection over the private socket.
 func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn, error) {
@@ -137,7 +176,7 @@ func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn
 // connection to template1 must not stay: it keeps users from making databases.
 func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, err error) {
 	conn, err = p.connect(ctx, "postgres")
-	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && pgErr.Code == noSuchDatabase {
+	if sqlState(err) == noSuchDatabase {
 		conn, err = p.connect(ctx, "template1")
 		return conn, false, err
 	}
@@ -155,6 +194,7 @@ func (p *postgres) awaitReady(ctx context.Context) error {
 			err = conn.Exec(ctx, "SELECT 1").Close()
 			closeConn(conn)
 			if err == nil {
+				p.log.Ready()
 				return nil
 			}
 		}
@@ -184,10 +224,9 @@ const quietWait = 500 * time.Millisecond
 func (p *postgres) openQuiet(ctx context.Context) (*pgconn.PgConn, error) {
 	quiet, cancel := context.WithTimeout(ctx, quietWait)
 	conn, err := p.connect(quiet, "template1")
+	late := quiet.Err() != nil
 	cancel()
-	pgErr := (*pgconn.PgError)(nil)
-	gone := errors.As(err, &pgErr) && (pgErr.Code == noSuchDatabase || pgErr.Code == notInThisState)
-	if gone || err != nil && quiet.Err() != nil {
+	if state := sqlState(err); state == noSuchDatabase || state == notInThisState || err != nil && late {
 		conn, _, err = p.open(ctx)
 	}
 	return conn, err
@@ -195,51 +234,87 @@ func (p *postgres) openQuiet(ctx context.Context) (*pgconn.PgConn, error) {
 
 // emit writes a logical message into the WAL and waits for the quorum.
 func (p *postgres) emit(ctx context.Context, prefix string, content []byte) error {
-	conn, err := p.openQuiet(ctx)
-	if err == nil {
-		defer closeConn(conn)
-		const binary = 1
-		err = conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
-			[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
+	err := p.emitOnce(ctx, prefix, content)
+	if sqlState(err) == adminShutdown { // or pg_terminate_backend: a shutdown takes no new connection
+		err = p.emitOnce(ctx, prefix, content)
 	}
-	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) && (pgErr.Code == cannotConnectNow || pgErr.Code == adminShutdown) {
+	if sqlState(err) == tooManyConnections {
+		p.standing.Lock()
+		if conn := p.standing.conn; conn != nil && !conn.IsClosed() {
+			err = emitOn(ctx, conn, prefix, content)
+		}
+		p.standing.Unlock()
+	}
+	if state := sqlState(err); state == cannotConnectNow || state == adminShutdown {
 		return fmt.Errorf("%w: %w", errNotServing, err)
 	}
 	return err
 }
 
+func (p *postgres) emitOnce(ctx context.Context, prefix string, content []byte) error {
+	conn, err := p.openQuiet(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return emitOn(ctx, conn, prefix, content)
+}
+
+func emitOn(ctx context.Context, conn *pgconn.PgConn, prefix string, content []byte) error {
+	const binary = 1
+	return conn.ExecParams(ctx, "SELECT pg_catalog.pg_logical_emit_message(true, $1::pg_catalog.text, $2::pg_catalog.bytea)",
+		[][]byte{[]byte(prefix), content}, nil, []int16{0, binary}, nil).Read().Err
+}
+
 // poll tells the mount, now and then, what runs in Postgres, so that it may let pages go
-// (C1). When a poll fails, pages stay.
+// (C1). When a poll fails, pages stay. Its connection stands, and is of use to emit where users
+// take all others.
 func (p *postgres) poll(ctx context.Context, fs *pgfs.FS, log *slog.Logger) {
-	var conn *pgconn.PgConn
-	defer func() {
-		if conn != nil {
-			closeConn(conn)
-		}
-	}()
+	defer p.endStanding()
 	for failed := false; ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(pollInterval):
 		}
-		stay := true
-		var err error
-		if conn == nil || conn.IsClosed() {
-			conn, stay, err = p.open(ctx)
-		}
-		if err == nil {
-			err = pollOnce(ctx, conn, fs)
-		}
-		if conn != nil && (err != nil || !stay) {
-			closeConn(conn)
-			conn = nil
-		}
+		err := p.pollStanding(ctx, fs)
 		if err != nil && !failed && ctx.Err() == nil {
 			log.Warn("asking Postgres what runs in it", "error", err)
 		}
 		failed = err != nil
 	}
+}
+
+func (p *postgres) endStanding() {
+	p.standing.Lock()
+	defer p.standing.Unlock()
+	p.endStandingLocked()
+}
+
+func (p *postgres) endStandingLocked() {
+	if p.standing.conn != nil {
+		closeConn(p.standing.conn)
+		p.standing.conn = nil
+	}
+}
+
+func (p *postgres) pollStanding(ctx context.Context, fs *pgfs.FS) error {
+	p.standing.Lock()
+	defer p.standing.Unlock()
+	stay := true
+	if p.standing.conn == nil || p.standing.conn.IsClosed() {
+		conn, mayStay, err := p.open(ctx)
+		if err != nil {
+			p.standing.conn = nil
+			return err
+		}
+		p.standing.conn, stay = conn, mayStay
+	}
+	err := pollOnce(ctx, p.standing.conn, fs)
+	if err != nil || !stay {
+		p.endStandingLocked()
+	}
+	return err
 }
 
 // running asks which transactions run, then how far WAL was inserted: in that order.

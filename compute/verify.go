@@ -70,7 +70,7 @@ func (a *agent) verifyAll(ctx context.Context) {
 	if !a.cfg.VerifyPages {
 		return
 	}
-	err := a.postgres.Err()
+	err := a.postgres.inOrder(a.fs)
 	if err == nil {
 		err = a.compareAll(ctx)
 	}
@@ -94,7 +94,7 @@ func (a *agent) compareAll(ctx context.Context) error {
 	for _, f := range state.Files {
 		files[f.Path] = f.Data
 	}
-	files["global/pg_control"] = state.ControlFile
+	files[controlFile] = state.ControlFile
 	return errors.Join(a.fs.VerifyAll(ctx, end, files), ctx.Err())
 }
 

@@ -18,12 +18,13 @@ type moved struct {
 }
 
 // keepAux makes durable what a rename does to files that WAL does not describe: those that
-// get a name under which they have to be, and those that lose one.
-func (fs *FS) keepAux(op opContext, from *node, oldName string, to *node, newName string) error {
-	if fs.cfg.Aux == nil || to.dir == nil {
+// get a name under which they have to be, and those that lose one. A rename that cannot be
+// fails here already: the log would tell of what did not happen.
+func (fs *FS) keepAux(op opContext, from *node, oldName string, to *node, newName string, noReplace bool) error {
+	if fs.cfg.Aux == nil {
 		return nil
 	}
-	files, err := fs.movedFiles(from, oldName, to, newName)
+	files, err := fs.movedFiles(from, oldName, to, newName, noReplace)
 	if err != nil {
 		return err
 	}
@@ -44,11 +45,11 @@ func (fs *FS) keepAux(op opContext, from *node, oldName string, to *node, newNam
 	return fs.tellAux(op, changes)
 }
 
-func (fs *FS) movedFiles(from *node, oldName string, to *node, newName string) ([]moved, error) {
+func (fs *FS) movedFiles(from *node, oldName string, to *node, newName string, noReplace bool) ([]moved, error) {
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	n, err := childLocked(from, oldName)
-	if err != nil {
+	n, old, err := movableLocked(fs.root, from, oldName, to, newName, noReplace)
+	if err != nil || old == n { // nothing moves
 		return nil, err
 	}
 	oldPath, newPath := from.dir.join(oldName), to.dir.join(newName)
@@ -67,19 +68,30 @@ func (fs *FS) movedFiles(from *node, oldName string, to *node, newName string) (
 	return files, nil
 }
 
-// dropAux makes durable that a file which WAL does not describe loses its name.
-func (fs *FS) dropAux(op opContext, parent *node, name string) error {
-	if fs.cfg.Aux == nil || parent.dir == nil {
+// dropAux makes durable that a file which WAL does not describe loses its name, if it can.
+func (fs *FS) dropAux(op opContext, parent *node, name string, isDir bool) error {
+	if fs.cfg.Aux == nil {
 		return nil
 	}
-	fs.tree.RLock()
-	path := parent.dir.join(name)
-	n, err := childLocked(parent, name)
-	fs.tree.RUnlock()
-	if err != nil || n.file == nil || !auxfile.Carried(path) {
+	path, err := fs.removedFile(parent, name, isDir)
+	if err != nil || !auxfile.Carried(path) {
 		return err
 	}
 	return fs.tellAux(op, []auxfile.Change{{Path: path, Removed: true}})
+}
+
+// removedFile gives a file's path; none for what is no file.
+func (fs *FS) removedFile(parent *node, name string, isDir bool) (string, error) {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	n, err := childLocked(parent, name)
+	if err == nil {
+		err = removableLocked(n, isDir)
+	}
+	if err != nil || n.file == nil {
+		return "", err
+	}
+	return parent.dir.join(name), nil
 }
 
 func (fs *FS) tellAux(op opContext, changes []auxfile.Change) error {

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	iofs "io/fs"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -36,10 +38,7 @@ func TestAuxFilesAreToldOf(t *testing.T) {
 	rename := func(dir, from, to string) error {
 		n, err := fs.find(dir)
 		if err == nil {
-			err = fs.keepAux(opContext{}, n, from, n, to)
-		}
-		if err == nil {
-			err = fs.rename(n, from, n, to, false)
+			err = fs.move(opContext{}, n, from, n, to, false)
 		}
 		return err
 	}
@@ -52,7 +51,20 @@ func TestAuxFilesAreToldOf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := fs.dropAux(opContext{}, dir, "0-1.snap"); err != nil {
+	// What cannot be is not told.
+	if err := fs.move(opContext{}, dir, "0-1.snap", dir, "0-1.snap", true); !errors.Is(err, iofs.ErrExist) {
+		t.Errorf("a rename that must not replace: %v", err)
+	}
+	if err := fs.move(opContext{}, dir, "0-1.snap", dir, strings.Repeat("x", maxName+1), false); err != errNameTooLong {
+		t.Errorf("a rename to too long a name: %v", err)
+	}
+	if err := fs.move(opContext{}, dir, "0-1.snap", dir, "0-1.snap", false); err != nil {
+		t.Errorf("a rename that changes nothing: %v", err)
+	}
+	if err := fs.remove(opContext{}, dir, "0-1.snap", true); err != errNotDirectory {
+		t.Errorf("rmdir of a file: %v", err)
+	}
+	if err := fs.remove(opContext{}, dir, "0-1.snap", false); err != nil {
 		t.Error(err)
 	}
 	fail = errors.New("no quorum")

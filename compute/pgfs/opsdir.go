@@ -186,10 +186,14 @@ func (fs *FS) Rmdir(cancel <-chan struct{}, h *fuse.InHeader, name string) fuse.
 func (fs *FS) unname(cancel <-chan struct{}, h *fuse.InHeader, name string, isDir bool) fuse.Status {
 	parent, err := fs.loaded(cancel, h)
 	if err == nil {
-		err = fs.dropAux(caller(cancel, h), parent, name)
+		err = fs.remove(caller(cancel, h), parent, name, isDir)
 	}
-	if err != nil {
-		return fs.status(err)
+	return fs.status(err)
+}
+
+func (fs *FS) remove(op opContext, parent *node, name string, isDir bool) error {
+	if err := fs.dropAux(op, parent, name, isDir); err != nil {
+		return err
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
@@ -197,11 +201,10 @@ func (fs *FS) unname(cancel <-chan struct{}, h *fuse.InHeader, name string, isDi
 	if err == nil {
 		err = removableLocked(n, isDir)
 	}
-	if err != nil {
-		return fs.status(err)
+	if err == nil {
+		fs.detachLocked(parent, name, n)
 	}
-	fs.detachLocked(parent, name, n)
-	return fuse.OK
+	return err
 }
 
 // removableLocked tells what is wrong with taking a node's name away.
@@ -231,43 +234,27 @@ func (fs *FS) Rename(cancel <-chan struct{}, in *fuse.RenameIn, oldName, newName
 		err = fs.load(caller(cancel, &in.InHeader), to)
 	}
 	if err == nil {
-		err = fs.keepAux(caller(cancel, &in.InHeader), from, oldName, to, newName)
-	}
-	if err == nil {
-		err = fs.rename(from, oldName, to, newName, in.Flags&unix.RENAME_NOREPLACE != 0)
+		err = fs.move(caller(cancel, &in.InHeader), from, oldName, to, newName, in.Flags&unix.RENAME_NOREPLACE != 0)
 	}
 	return fs.status(err)
+}
+
+func (fs *FS) move(op opContext, from *node, oldName string, to *node, newName string, noReplace bool) error {
+	if err := fs.keepAux(op, from, oldName, to, newName, noReplace); err != nil {
+		return err
+	}
+	return fs.rename(from, oldName, to, newName, noReplace)
 }
 
 func (fs *FS) rename(from *node, oldName string, to *node, newName string, noReplace bool) error {
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
-	n, err := childLocked(from, oldName)
-	if err != nil {
+	n, old, err := movableLocked(fs.root, from, oldName, to, newName, noReplace)
+	if err != nil || old == n { // two names of one file: POSIX leaves both
 		return err
 	}
-	if len(newName) > maxName {
-		return errNameTooLong
-	}
-	if n.dir != nil && (isBelowLocked(to, n) || n.dir.lazy.Load()) {
-		return errInvalid
-	}
-	if to != fs.root && to.dir != nil && to.dir.parent == nil {
-		return iofs.ErrNotExist
-	}
-	old, err := childLocked(to, newName)
-	switch {
-	case err == nil && noReplace:
-		return iofs.ErrExist
-	case err == nil && old == n:
-		return nil // two names of one file: POSIX leaves both
-	case err == nil:
-		if err := removableLocked(old, n.dir != nil); err != nil {
-			return err
-		}
+	if old != nil {
 		fs.detachLocked(to, newName, old)
-	case err != iofs.ErrNotExist:
-		return err
 	}
 	n.lookups.Add(1) // keeps it while it has no name
 	defer func() {
@@ -276,6 +263,35 @@ func (fs *FS) rename(from *node, oldName string, to *node, newName string, noRep
 	}()
 	fs.detachLocked(from, oldName, n)
 	return fs.attachLocked(to, newName, n)
+}
+
+// movableLocked gives what a rename moves and what it replaces, if anything, or tells why it
+// cannot be.
+func movableLocked(root, from *node, oldName string, to *node, newName string, noReplace bool) (n, old *node, err error) {
+	if n, err = childLocked(from, oldName); err != nil {
+		return nil, nil, err
+	}
+	if len(newName) > maxName {
+		return nil, nil, errNameTooLong
+	}
+	if n.dir != nil && (isBelowLocked(to, n) || n.dir.lazy.Load()) {
+		return nil, nil, errInvalid
+	}
+	if to != root && to.dir != nil && to.dir.parent == nil {
+		return nil, nil, iofs.ErrNotExist
+	}
+	old, err = childLocked(to, newName)
+	switch {
+	case err == iofs.ErrNotExist:
+		return n, nil, nil
+	case err != nil:
+		return nil, nil, err
+	case noReplace:
+		return nil, nil, iofs.ErrExist
+	case old == n:
+		return n, old, nil
+	}
+	return n, old, removableLocked(old, n.dir != nil)
 }
 
 func isBelowLocked(n, top *node) bool {

@@ -13,8 +13,9 @@ const (
 	maxLine      = 64 << 10 // a longer line is looked at in parts
 )
 
-// ready is what Postgres says when the first clients may come. What it logs until then is
-// about its files and settings; later messages hold what users sent.
+// ready is what Postgres says when the first clients may come, unless log_min_messages keeps
+// it from it or lc_messages has it say so in another language. What it logs until then is about
+// its files and settings; later messages hold what users sent.
 var ready = []byte("database system is ready to accept connections")
 
 // A Log takes what Postgres writes on its standard error. Statements and error details hold
@@ -96,6 +97,13 @@ func (l *Log) Version() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.version
+}
+
+// Ready tells that Postgres takes connections, whatever it says of that itself.
+func (l *Log) Ready() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.started, l.startup = true, nil
 }
 
 // Startup is the end of what was logged before Postgres took connections; empty if it did:
