@@ -69,6 +69,8 @@ type Plan struct {
 	Auto []byte
 	// Stale are files that the branch still has and nobody needs any more.
 	Stale []string
+	// Broken tells why replication slots among the stale files cannot be read.
+	Broken []error
 }
 
 // dirs are the directories that initdb makes and Postgres expects.
@@ -166,10 +168,8 @@ func (p *Plan) addFiles(in Input) error {
 		"PG_VERSION":     []byte("15\n"),
 		auxfile.Settings: nil,
 	}
-	slots, err := readSlots(in.State.Files)
-	if err != nil {
-		return fmt.Errorf("start-up state at %v: %w", in.End, err)
-	}
+	slots := readSlots(in.State.Files)
+	p.Broken = slots.broken
 	for _, f := range in.State.Files {
 		if !isPlainPath(f.Path) {
 			return fmt.Errorf("start-up state at %v: file name %q is not one inside a data directory", in.End, f.Path)

@@ -11,19 +11,17 @@ import (
 )
 
 // OldestNeeded is from where on the branch's replication slots need its WAL; 0 if there are none.
-func OldestNeeded(state *pb.StartupStateResponse) (pg.LSN, error) {
-	s, err := readSlots(state.Files)
-	return s.oldest, err
-}
+func OldestNeeded(state *pb.StartupStateResponse) pg.LSN { return readSlots(state.Files).oldest }
 
 // slots is what the replication slots need.
 type slots struct {
 	oldest  pg.LSN // WAL from here on; 0: none
 	logical pg.LSN // files of logical decoding from here on; 0: none
 	dead    map[string]bool
+	broken  []error // why some of the dead cannot be read
 }
 
-func readSlots(files []*pb.NamedFile) (slots, error) {
+func readSlots(files []*pb.NamedFile) slots {
 	s := slots{dead: make(map[string]bool)}
 	for _, f := range files {
 		if !strings.HasPrefix(f.Path, auxfile.Slots+"/") {
@@ -32,7 +30,8 @@ func readSlots(files []*pb.NamedFile) (slots, error) {
 		slot, err := pg.ParseReplicationSlot(f.Data)
 		switch {
 		case err != nil:
-			return s, fmt.Errorf("%s: %w", f.Path, err)
+			// Postgres would not start with it.
+			s.dead[f.Path], s.broken = true, append(s.broken, fmt.Errorf("%s: %w", f.Path, err))
 		case slot.Persistency != pg.SlotPersistent:
 			s.dead[f.Path] = true // its making did not come to its end
 		case slot.Restart == pg.InvalidLSN:
@@ -43,7 +42,7 @@ func readSlots(files []*pb.NamedFile) (slots, error) {
 			}
 		}
 	}
-	return s, nil
+	return s
 }
 
 func least(a, b pg.LSN) pg.LSN {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"hash/crc32"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -38,6 +39,7 @@ func TestFilesThatSlotsNeed(t *testing.T) {
 		"pg_replslot/p/state":                         {slotState("p", 0, pg.SlotPersistent, 0x2000028), true},
 		"pg_replslot/none/state":                      {slotState("none", 0, pg.SlotPersistent, 0), true},
 		"pg_replslot/half/state":                      {slotState("half", 5, pg.SlotEphemeral, 0x1000028), false},
+		"pg_replslot/cut/state":                       {slotState("cut", 5, pg.SlotPersistent, 0x1000028)[:199], false},
 		"pg_logical/snapshots/0-3000028.snap":         {nil, true},
 		"pg_logical/snapshots/0-3000020.snap":         {nil, false},
 		"pg_logical/mappings/map-5-4eb-0_3000028-2-3": {nil, true},
@@ -46,8 +48,8 @@ func TestFilesThatSlotsNeed(t *testing.T) {
 	for name, f := range files {
 		state.Files = append(state.Files, &pb.NamedFile{Path: name, Data: f.data})
 	}
-	if oldest, err := OldestNeeded(state); err != nil || oldest != 0x2000028 {
-		t.Errorf("the oldest WAL that is needed: %v, %v", oldest, err)
+	if oldest := OldestNeeded(state); oldest != 0x2000028 {
+		t.Errorf("the oldest WAL that is needed: %v", oldest)
 	}
 	page := pagePrefix(end, 1)
 	page[len(page)-1] = 0xAB
@@ -64,9 +66,8 @@ func TestFilesThatSlotsNeed(t *testing.T) {
 	if diff := cmp.Diff(page, plan.Page); diff != "" {
 		t.Errorf("the log's last page (-want +got):\n%s", diff)
 	}
-	state.Files[0].Path, state.Files[0].Data = "pg_replslot/x/state", slotState("x", 0, 0, 1)[:199]
-	if _, err := OldestNeeded(state); err == nil {
-		t.Error("a slot's file that is cut was accepted")
+	if len(plan.Broken) != 1 || !strings.Contains(plan.Broken[0].Error(), "pg_replslot/cut/state") {
+		t.Errorf("slots that cannot be read: %v", plan.Broken)
 	}
 }
 
