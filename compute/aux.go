@@ -43,7 +43,7 @@ func (k *auxKeeper) begin(files []*pb.NamedFile, waiting []auxfile.Change) {
 	defer k.mu.Unlock()
 	k.mu.kept, k.mu.behind, k.mu.unsure = make(map[string]int), make(map[string]bool), make(map[string]bool)
 	for _, f := range files {
-		if auxfile.Carried(f.Path) {
+		if auxfile.Carried(f.Path) && f.Path != auxfile.Stats {
 			k.mu.kept[f.Path] = len(f.Data)
 		}
 	}

@@ -201,7 +201,7 @@ func TestAuxFilesThatWouldKeepFromStarting(t *testing.T) {
 	var fail error
 	k := recorder(&sent, &fail)
 	const slot, snap = "pg_replslot/s/state", "pg_logical/snapshots/0-1.snap"
-	k.begin([]*pb.NamedFile{{Path: "pg_xact/0000", Data: make([]byte, 1)}, {Path: auxfile.Settings, Data: make([]byte, maxCarried-10)}}, nil)
+	k.begin([]*pb.NamedFile{{Path: "pg_xact/0000", Data: make([]byte, 1)}, {Path: auxfile.Stats, Data: make([]byte, 1)}, {Path: auxfile.Settings, Data: make([]byte, maxCarried-10)}}, nil)
 	for _, c := range []struct {
 		change auxfile.Change
 		good   bool
