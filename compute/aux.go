@@ -77,7 +77,7 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 		return nil
 	}
 	err := k.sendLocked(ctx, all, told)
-	if errors.Is(err, errNotServing) && !slices.ContainsFunc(changes, func(c auxfile.Change) bool { return c.Path == auxfile.Settings }) {
+	if errors.Is(err, errNotServing) && mayWait(all, told) {
 		k.mu.pending = all
 		err = nil
 	}
@@ -85,6 +85,19 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 		k.noteLocked(c, err)
 	}
 	return err
+}
+
+// maxWaiting leaves room for statistics in the last message.
+const maxWaiting = auxfile.MaxContent/2 - 1<<20
+
+// mayWait tells whether told can wait among all for Postgres to take connections: a client that
+// sets something is to know, and what waits must not outgrow a message.
+func mayWait(all, told []auxfile.Change) bool {
+	size := 0
+	for _, c := range all {
+		size += len(c.Content)
+	}
+	return size <= maxWaiting && !slices.ContainsFunc(told, func(c auxfile.Change) bool { return c.Path == auxfile.Settings })
 }
 
 // isKeptLocked tells whether the branch has a file, as far as is known. Mappings are in WAL,

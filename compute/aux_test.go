@@ -223,3 +223,25 @@ func TestAuxFilesThatWouldKeepFromStarting(t *testing.T) {
 		t.Errorf("messages (-want +got):\n%s", diff)
 	}
 }
+
+// What waits for Postgres goes into one message, with the statistics at the end.
+func TestNotTooMuchWaits(t *testing.T) {
+	var sent []string
+	fail := errNotServing
+	k := recorder(&sent, &fail)
+	k.begin(nil, nil)
+	for _, c := range []struct {
+		name string
+		size int
+		want error
+	}{
+		{"pg_logical/snapshots/0-1.snap", maxWaiting - 1, nil},
+		{"pg_logical/snapshots/0-2.snap", 2, errNotServing},
+		{"pg_logical/snapshots/0-3.snap", 1, nil},
+	} {
+		err := k.keep(t.Context(), []auxfile.Change{{Path: c.name, Content: make([]byte, c.size)}})
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s with %d bytes: %v, want %v", c.name, c.size, err, c.want)
+		}
+	}
+}
