@@ -219,11 +219,7 @@ func (a *agent) readState(ctx context.Context) (err error) {
 		return err
 	}
 	in := boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Reset: a.cfg.ResetSettings, Now: time.Now()}
-	oldest, unreadable := boot.OldestNeeded(state)
-	for _, err := range unreadable {
-		a.log.Error("a replication slot cannot be read and is dropped: who uses it has to make it anew", "err", err)
-	}
-	if oldest != pg.InvalidLSN {
+	if oldest := boot.OldestNeeded(state); oldest != pg.InvalidLSN {
 		if in.Page, err = a.openHistory(ctx, oldest, state); err != nil {
 			return err
 		}
@@ -231,11 +227,10 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	if a.plan, err = boot.Make(in); err != nil {
 		return err
 	}
-	var kept []string
-	for _, f := range state.Files {
-		kept = append(kept, f.Path)
+	for _, err := range a.plan.Broken {
+		a.log.Error("a replication slot cannot be read, and is dropped: who uses it has to begin anew", "error", err)
 	}
-	a.aux.begin(kept, a.untold())
+	a.aux.begin(state.Files, a.untold())
 	return nil
 }
 

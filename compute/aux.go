@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
@@ -26,7 +27,7 @@ type auxKeeper struct {
 	mu struct {
 		sync.Mutex // held while a message is under way: the log's order is that of the changes
 		pending    []auxfile.Change
-		kept       map[string]bool // what the branch has, or is about to have
+		kept       map[string]int  // what the branch has, or is about to have, and its bytes
 		behind     map[string]bool // slots of which the branch has an older state than Postgres
 		unsure     map[string]bool // slots and settings of which it is not known what the branch has
 	}
@@ -37,12 +38,14 @@ var errNotServing = errors.New("the endpoint's Postgres takes no connections")
 
 // begin tells what the branch has at the start, and what the log is to be told of it as soon as
 // Postgres takes connections.
-func (k *auxKeeper) begin(kept []string, waiting []auxfile.Change) {
+func (k *auxKeeper) begin(files []*pb.NamedFile, waiting []auxfile.Change) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mu.kept, k.mu.behind, k.mu.unsure = make(map[string]bool), make(map[string]bool), make(map[string]bool)
-	for _, name := range kept {
-		k.mu.kept[name] = true
+	k.mu.kept, k.mu.behind, k.mu.unsure = make(map[string]int), make(map[string]bool), make(map[string]bool)
+	for _, f := range files {
+		if auxfile.Carried(f.Path) && f.Path != auxfile.Stats {
+			k.mu.kept[f.Path] = len(f.Data)
+		}
 	}
 	k.mu.pending = waiting
 }
@@ -59,8 +62,11 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 			continue
 		case !c.Removed && isTemporarySlot(c):
 			continue
-		case c.Removed && !k.mu.kept[c.Path] && !k.mu.unsure[c.Path] && !strings.HasPrefix(c.Path, auxfile.Mappings+"/"):
+		case c.Removed && !k.isKeptLocked(c.Path):
 			continue
+		}
+		if err := k.checkLocked(c); err != nil {
+			return err
 		}
 		// That an old snapshot or mapping is gone is no news that must not get lost.
 		waits = waits && c.Removed && isDecoding(c.Path)
@@ -71,7 +77,7 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 		return nil
 	}
 	err := k.sendLocked(ctx, all, told)
-	if errors.Is(err, errNotServing) && !slices.ContainsFunc(changes, func(c auxfile.Change) bool { return c.Path == auxfile.Settings }) {
+	if errors.Is(err, errNotServing) && mayWait(all, told) {
 		k.mu.pending = all
 		err = nil
 	}
@@ -79,6 +85,53 @@ func (k *auxKeeper) keep(ctx context.Context, changes []auxfile.Change) error {
 		k.noteLocked(c, err)
 	}
 	return err
+}
+
+// maxWaiting leaves room for statistics in the last message.
+const maxWaiting = auxfile.MaxContent/2 - 1<<20
+
+// mayWait tells whether told can wait among all for Postgres to take connections: a client that
+// sets something is to know, and what waits must not outgrow a message.
+func mayWait(all, told []auxfile.Change) bool {
+	size := 0
+	for _, c := range all {
+		size += len(c.Content)
+	}
+	return size <= maxWaiting && !slices.ContainsFunc(told, func(c auxfile.Change) bool { return c.Path == auxfile.Settings })
+}
+
+// isKeptLocked tells whether the branch has a file, as far as is known. Mappings are in WAL,
+// and nobody tells of new ones.
+func (k *auxKeeper) isKeptLocked(name string) bool {
+	_, kept := k.mu.kept[name]
+	return kept || k.mu.unsure[name] || strings.HasPrefix(name, auxfile.Mappings+"/")
+}
+
+// maxCarried bounds what the log carries for a branch: a start gets it in one message
+// (rpc.MaxMessage), with statistics and all that WAL describes.
+const maxCarried = 32 << 20
+
+// checkLocked refuses what would keep the branch from starting. Slots are small and always the
+// same size.
+func (k *auxKeeper) checkLocked(c auxfile.Change) error {
+	switch {
+	case c.Removed:
+		return nil
+	case isSlot(c.Path):
+		if _, err := pg.ParseReplicationSlot(c.Content); err != nil {
+			return fmt.Errorf("%s: %w", c.Path, err)
+		}
+		return nil
+	}
+	sum := len(c.Content) - k.mu.kept[c.Path]
+	for _, size := range k.mu.kept {
+		sum += size
+	}
+	if sum > maxCarried {
+		return fmt.Errorf("%s with %d bytes: files that the log carries would have %d bytes, more than %d; drop replication slots that nobody uses",
+			c.Path, len(c.Content), sum, maxCarried)
+	}
+	return nil
 }
 
 // noteLocked remembers what is known of a file now. A message that failed may have reached the
@@ -104,7 +157,7 @@ func (k *auxKeeper) hasLocked(c auxfile.Change) {
 	if c.Removed {
 		delete(k.mu.kept, c.Path)
 	} else {
-		k.mu.kept[c.Path] = true
+		k.mu.kept[c.Path] = len(c.Content)
 	}
 }
 

@@ -1,18 +1,41 @@
 package compute
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	iofs "io/fs"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/auxfile"
+	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
-// recorder is a keeper whose messages name the files, with what is in them.
+// aSlot is a replication slot's file.
+var aSlot = func() []byte {
+	b := make([]byte, 200)
+	binary.LittleEndian.PutUint32(b, 0x1051CA1)
+	binary.LittleEndian.PutUint32(b[8:], 2)
+	binary.LittleEndian.PutUint32(b[12:], 184)
+	binary.LittleEndian.PutUint32(b[4:], crc32.Checksum(b[8:], pg.Castagnoli))
+	return b
+}()
+
+// files are some that the branch has.
+func files(names ...string) (files []*pb.NamedFile) {
+	for _, name := range names {
+		files = append(files, &pb.NamedFile{Path: name, Data: []byte("x")})
+	}
+	return files
+}
+
+// recorder is a keeper whose messages name the files, with what is in them unless that is aSlot.
 func recorder(sent *[]string, fail *error) *auxKeeper {
 	return &auxKeeper{
 		seal: func(_ context.Context, changes []auxfile.Change) ([]byte, error) {
@@ -21,7 +44,7 @@ func recorder(sent *[]string, fail *error) *auxKeeper {
 				if b.WriteString(" " + c.Path); c.Removed {
 					b.WriteString("-")
 				}
-				if len(c.Content) > 0 {
+				if len(c.Content) > 0 && !bytes.Equal(c.Content, aSlot) {
 					b.WriteString("=" + string(c.Content))
 				}
 			}
@@ -44,7 +67,7 @@ func TestAuxFilesAreKept(t *testing.T) {
 	var fail error
 	k := recorder(&sent, &fail)
 	const snap, old, slot, made = "pg_logical/snapshots/0-1.snap", "pg_logical/snapshots/0-0.snap", "pg_replslot/s/state", "pg_replslot/t/state"
-	k.begin([]string{snap, old}, []auxfile.Change{{Path: old, Removed: true}})
+	k.begin(files(snap, old), []auxfile.Change{{Path: old, Removed: true}})
 	keep := func(want error, changes ...auxfile.Change) {
 		t.Helper()
 		if err := k.keep(t.Context(), changes); !errors.Is(err, want) || (want == nil) != (err == nil) {
@@ -55,18 +78,18 @@ func TestAuxFilesAreKept(t *testing.T) {
 	keep(nil, auxfile.Change{Path: snap, Removed: true})                 // waits
 	keep(nil, auxfile.Change{Path: slot, Removed: true})                 // the branch does not have it
 	keep(nil, auxfile.Change{Path: auxfile.Stats, Content: []byte("x")}) // not now
-	keep(nil, auxfile.Change{Path: slot})                                // takes along what waited
+	keep(nil, auxfile.Change{Path: slot, Content: aSlot})                // takes along what waited
 	fail = errNotServing
 	keep(errNotServing, auxfile.Change{Path: auxfile.Settings})
 	keep(nil, auxfile.Change{Path: slot, Removed: true}) // waits for Postgres
 	fail = broken
-	keep(broken, auxfile.Change{Path: made})
+	keep(broken, auxfile.Change{Path: made, Content: aSlot})
 	fail = nil
 	if err := k.flush(t.Context()); err != nil {
 		t.Error(err)
 	}
 	fail = errNotServing
-	keep(nil, auxfile.Change{Path: slot})
+	keep(nil, auxfile.Change{Path: slot, Content: aSlot})
 	last, err := k.last(t.Context(), auxfile.Change{Path: auxfile.Stats})
 	if err != nil {
 		t.Error(err)
@@ -102,10 +125,10 @@ func TestSnapshotsOfSlotsThatAreBehind(t *testing.T) {
 	k := recorder(&sent, &fail)
 	k.show = func(string) ([]byte, error) { return []byte("older"), nil }
 	const snap, slot, other = "pg_logical/snapshots/0-1.snap", "pg_replslot/s/state", "pg_replslot/t/state"
-	k.begin([]string{snap, slot}, nil)
+	k.begin(files(snap, slot), nil)
 	do := func(want error, path string, removed bool) {
 		t.Helper()
-		if err := k.keep(t.Context(), []auxfile.Change{{Path: path, Removed: removed}}); !errors.Is(err, want) {
+		if err := k.keep(t.Context(), []auxfile.Change{{Path: path, Content: aSlot, Removed: removed}}); !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", path, err, want)
 		}
 	}
@@ -140,7 +163,7 @@ func TestUnknownOutcomes(t *testing.T) {
 		}
 		return []byte("old"), nil
 	}
-	k.begin([]string{slot}, nil)
+	k.begin(files(slot), nil)
 	do := func(want error, c auxfile.Change) {
 		t.Helper()
 		if err := k.keep(t.Context(), []auxfile.Change{c}); !errors.Is(err, want) {
@@ -157,8 +180,8 @@ func TestUnknownOutcomes(t *testing.T) {
 	fail = lost
 	do(lost, auxfile.Change{Path: auxfile.Settings, Content: []byte("new")})
 	do(lost, auxfile.Change{Path: slot, Removed: true})
-	do(lost, auxfile.Change{Path: gone, Content: []byte("new")})
-	do(lost, auxfile.Change{Path: other, Content: []byte("new")})
+	do(lost, auxfile.Change{Path: gone, Content: aSlot})
+	do(lost, auxfile.Change{Path: other, Content: aSlot})
 	if last, err := k.last(t.Context()); err != nil || string(last) != gone+"- "+slot+"=old "+other+"=old "+auxfile.Settings+"=old" {
 		t.Errorf("at the end: %s, %v", last, err)
 	}
@@ -169,5 +192,56 @@ func TestUnknownOutcomes(t *testing.T) {
 	want := []string{other + "- " + gone + "- " + slot + "=old " + auxfile.Settings + "=old", slot + "-"}
 	if diff := cmp.Diff(want, sent); diff != "" {
 		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// The branch gets nothing with which it would not start.
+func TestAuxFilesThatWouldKeepFromStarting(t *testing.T) {
+	var sent []string
+	var fail error
+	k := recorder(&sent, &fail)
+	const slot, snap = "pg_replslot/s/state", "pg_logical/snapshots/0-1.snap"
+	k.begin([]*pb.NamedFile{{Path: "pg_xact/0000", Data: make([]byte, 1)}, {Path: auxfile.Stats, Data: make([]byte, 1)}, {Path: auxfile.Settings, Data: make([]byte, maxCarried-10)}}, nil)
+	for _, c := range []struct {
+		change auxfile.Change
+		good   bool
+	}{
+		{auxfile.Change{Path: slot, Content: aSlot[:199]}, false},
+		{auxfile.Change{Path: snap, Content: make([]byte, 11)}, false},
+		{auxfile.Change{Path: snap, Content: []byte("ten bytes!")}, true},
+		{auxfile.Change{Path: snap, Content: []byte("10 others!")}, true},
+		{auxfile.Change{Path: slot, Content: aSlot}, true},
+		{auxfile.Change{Path: auxfile.Settings, Content: []byte("less")}, true},
+		{auxfile.Change{Path: "pg_logical/snapshots/0-2.snap", Content: []byte("and more")}, true},
+	} {
+		if err := k.keep(t.Context(), []auxfile.Change{c.change}); (err == nil) != c.good {
+			t.Errorf("%s with %d bytes: %v", c.change.Path, len(c.change.Content), err)
+		}
+	}
+	want := []string{snap + "=ten bytes!", snap + "=10 others!", slot, auxfile.Settings + "=less", "pg_logical/snapshots/0-2.snap=and more"}
+	if diff := cmp.Diff(want, sent); diff != "" {
+		t.Errorf("messages (-want +got):\n%s", diff)
+	}
+}
+
+// What waits for Postgres goes into one message, with the statistics at the end.
+func TestNotTooMuchWaits(t *testing.T) {
+	var sent []string
+	fail := errNotServing
+	k := recorder(&sent, &fail)
+	k.begin(nil, nil)
+	for _, c := range []struct {
+		name string
+		size int
+		want error
+	}{
+		{"pg_logical/snapshots/0-1.snap", maxWaiting - 1, nil},
+		{"pg_logical/snapshots/0-2.snap", 2, errNotServing},
+		{"pg_logical/snapshots/0-3.snap", 1, nil},
+	} {
+		err := k.keep(t.Context(), []auxfile.Change{{Path: c.name, Content: make([]byte, c.size)}})
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s with %d bytes: %v, want %v", c.name, c.size, err, c.want)
+		}
 	}
 }

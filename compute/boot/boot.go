@@ -69,6 +69,8 @@ type Plan struct {
 	Auto []byte
 	// Stale are files that the branch still has and nobody needs any more.
 	Stale []string
+	// Broken tells why replication slots among the stale files cannot be read.
+	Broken []error
 }
 
 // dirs are the directories that initdb makes and Postgres expects.
@@ -167,6 +169,7 @@ func (p *Plan) addFiles(in Input) error {
 		auxfile.Settings: nil,
 	}
 	slots := readSlots(in.State.Files)
+	p.Broken = slots.broken
 	for _, f := range in.State.Files {
 		if !isPlainPath(f.Path) {
 			return fmt.Errorf("start-up state at %v: file name %q is not one inside a data directory", in.End, f.Path)

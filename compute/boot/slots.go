@@ -11,19 +11,14 @@ import (
 )
 
 // OldestNeeded is from where on the branch's replication slots need its WAL; 0 if there are none.
-// A slot whose file cannot be read counts as one that was dropped: Postgres would not start with it.
-func OldestNeeded(state *pb.StartupStateResponse) (oldest pg.LSN, unreadable []error) {
-	s := readSlots(state.Files)
-	return s.oldest, s.unreadable
-}
+func OldestNeeded(state *pb.StartupStateResponse) pg.LSN { return readSlots(state.Files).oldest }
 
 // slots is what the replication slots need.
 type slots struct {
 	oldest  pg.LSN // WAL from here on; 0: none
 	logical pg.LSN // files of logical decoding from here on; 0: none
 	dead    map[string]bool
-
-	unreadable []error // of those among the dead
+	broken  []error // why some of the dead cannot be read
 }
 
 func readSlots(files []*pb.NamedFile) slots {
@@ -35,8 +30,8 @@ func readSlots(files []*pb.NamedFile) slots {
 		slot, err := pg.ParseReplicationSlot(f.Data)
 		switch {
 		case err != nil:
-			s.dead[f.Path] = true
-			s.unreadable = append(s.unreadable, fmt.Errorf("%s: %w", f.Path, err))
+			// Postgres would not start with it.
+			s.dead[f.Path], s.broken = true, append(s.broken, fmt.Errorf("%s: %w", f.Path, err))
 		case slot.Persistency != pg.SlotPersistent:
 			s.dead[f.Path] = true // its making did not come to its end
 		case slot.Restart == pg.InvalidLSN:

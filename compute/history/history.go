@@ -1,13 +1,13 @@
 // Package history gives the WAL of before an endpoint's start, as it was: for replication
-// slots, whose consumers read the past. It is fetched from the safekeepers a segment at a time,
-// when somebody reads it.
+// slots, whose consumers read the past. It is fetched from the safekeepers when somebody reads it,
+// as much as is asked for: the mount reads ahead, and keeps what it got.
 package history
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -34,13 +34,7 @@ type Config struct {
 type History struct {
 	cfg   Config
 	begin pg.LSN
-
-	mu struct {
-		sync.Mutex // held while a segment is fetched
-		start      pg.LSN
-		segment    []byte // nil: none
-		wiped      bool
-	}
+	wiped atomic.Bool
 }
 
 // errFirst ends the look for the first chunk.
@@ -67,24 +61,18 @@ func Open(ctx context.Context, cfg Config) (*History, error) {
 // Begin is where the WAL begins that can be had.
 func (h *History) Begin() pg.LSN { return h.begin }
 
-// Pages gives count pages of one segment, from lsn on. Those below Begin are zeros, which no
-// reader takes for WAL; but whoever opens a segment finds a header on its first page.
+// Pages gives count pages from lsn on. Those below Begin are zeros, which no reader takes for
+// WAL; but whoever opens a segment finds a header on its first page.
 func (h *History) Pages(ctx context.Context, lsn pg.LSN, count int) ([]byte, error) {
-	start := lsn.SegmentStart()
-	from, to := int(lsn-start), int(lsn-start)+count*pg.WALPageSize
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.mu.wiped {
-		return nil, walclient.ErrClosed
+	pages := make([]byte, count*pg.WALPageSize)
+	h.putHeaders(pages, lsn)
+	err := h.fetch(ctx, pages, lsn)
+	if err == nil && h.wiped.Load() {
+		err = walclient.ErrClosed
 	}
-	if h.mu.segment == nil || h.mu.start != start {
-		if err := h.loadLocked(ctx, start); err != nil {
-			return nil, err
-		}
-	}
-	pages := append([]byte(nil), h.mu.segment[from:to]...)
-	if to == pg.WALSegmentSize { // who reads in order comes back to this segment no more
-		h.dropLocked()
+	if err != nil {
+		clear(pages)
+		return nil, err
 	}
 	return pages, nil
 }
@@ -102,62 +90,47 @@ func (h *History) Prefix(ctx context.Context) ([]byte, error) {
 	return data[:h.cfg.End-page], nil
 }
 
-// Wipe forgets what was opened (K2).
-func (h *History) Wipe() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.dropLocked()
-	h.mu.wiped = true
-}
+// Wipe ends it (K2): it gives nothing any more.
+func (h *History) Wipe() { h.wiped.Store(true) }
 
-func (h *History) dropLocked() {
-	clear(h.mu.segment)
-	h.mu.segment = nil
-}
-
-func (h *History) loadLocked(ctx context.Context, start pg.LSN) error {
-	h.dropLocked()
-	segment := make([]byte, pg.WALSegmentSize)
-	from, until := max(start, h.begin), min(start+pg.WALSegmentSize, h.cfg.End)
-	if from > start {
-		h.putHeaders(segment, start, from)
+// fetch puts the WAL that can be had into pages, which begin at lsn.
+func (h *History) fetch(ctx context.Context, pages []byte, lsn pg.LSN) error {
+	from, until := max(lsn, h.begin), min(lsn+pg.LSN(len(pages)), h.cfg.End)
+	if from >= until || h.wiped.Load() {
+		return nil
 	}
-	if from < until {
-		var plain []byte
-		defer func() { clear(plain[:cap(plain)]) }()
-		err := h.cfg.Source.Read(ctx, from, until, func(c *pb.SealedWAL) (err error) {
-			if plain, err = h.cfg.Unseal(ctx, plain[:0], c); err != nil {
-				return err
-			}
-			place(segment, start, until, pg.LSN(c.BeginLsn), plain)
-			return nil
-		})
-		if err != nil {
-			clear(segment)
-			return fmt.Errorf("fetching WAL %v to %v: %w", from, until, err)
+	var plain []byte
+	defer func() { clear(plain[:cap(plain)]) }()
+	err := h.cfg.Source.Read(ctx, from, until, func(c *pb.SealedWAL) (err error) {
+		if plain, err = h.cfg.Unseal(ctx, plain[:0], c); err != nil {
+			return err
 		}
+		place(pages, lsn, until, pg.LSN(c.BeginLsn), plain)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("fetching WAL %v to %v: %w", from, until, err)
 	}
-	h.mu.start, h.mu.segment = start, segment
 	return nil
 }
 
-// putHeaders makes the headers by which a reader knows the segment and the page in which
-// the WAL begins that can be had.
-func (h *History) putHeaders(segment []byte, start, from pg.LSN) {
-	for _, page := range []pg.LSN{start, from.PageStart()} {
-		if page < from {
-			copy(segment[page-start:], pg.NewWALPageHeader(page, 0, h.cfg.SystemID).Append(nil))
+// putHeaders makes the headers by which a reader knows the segment, and the page, in which the
+// WAL begins that can be had.
+func (h *History) putHeaders(pages []byte, lsn pg.LSN) {
+	for _, page := range []pg.LSN{h.begin.SegmentStart(), h.begin.PageStart()} {
+		if page < h.begin && lsn <= page && page < lsn+pg.LSN(len(pages)) {
+			copy(pages[page-lsn:], pg.NewWALPageHeader(page, 0, h.cfg.SystemID).Append(nil))
 		}
 	}
 }
 
-// place copies what of the WAL at begin is in the segment and before until.
-func place(segment []byte, start, until, begin pg.LSN, plain []byte) {
+// place copies what of the WAL at begin is in the pages at start and before until.
+func place(pages []byte, start, until, begin pg.LSN, plain []byte) {
 	if begin < start {
 		plain = plain[min(len(plain), int(start-begin)):]
 		begin = start
 	}
 	if begin < until {
-		copy(segment[begin-start:], plain[:min(len(plain), int(until-begin))])
+		copy(pages[begin-start:], plain[:min(len(plain), int(until-begin))])
 	}
 }

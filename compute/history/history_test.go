@@ -13,14 +13,14 @@ import (
 // log is a Source whose WAL is not sealed: each byte tells where it stands.
 type log struct {
 	bounds []pg.LSN // of the chunks
-	reads  int
+	asked  pg.LSN   // how much was asked for in all
 	err    error
 }
 
 func byteAt(lsn pg.LSN) byte { return byte(lsn>>13) ^ byte(lsn) | 1 }
 
 func (l *log) Read(_ context.Context, from, until pg.LSN, fn func(*pb.SealedWAL) error) error {
-	if l.reads++; l.err != nil {
+	if l.asked += until - from; l.err != nil {
 		return l.err
 	}
 	for i, begin := range l.bounds[:len(l.bounds)-1] {
@@ -59,6 +59,7 @@ func TestPagesAreTheLogs(t *testing.T) {
 	if h.Begin() != start {
 		t.Errorf("it begins at %v, want the branch's start", h.Begin())
 	}
+	l.asked = 0
 	for _, page := range []pg.LSN{0x1004000, 0x1FFE000, 0x2000000, 0x2004000} {
 		got, err := h.Pages(t.Context(), page, 1)
 		if err != nil {
@@ -78,8 +79,51 @@ func TestPagesAreTheLogs(t *testing.T) {
 	if err != nil || len(prefix) != int(pg.LSN(end)%pg.WALPageSize) || prefix[0] != byteAt(0x2004000) {
 		t.Errorf("the last page's beginning: %d bytes, %v", len(prefix), err)
 	}
-	if l.reads > 4 { // one to look, one a segment, one for a segment once more
-		t.Errorf("%d reads of the log", l.reads)
+	if want := 3*pg.LSN(pg.WALPageSize) + 2*(end-0x2004000); l.asked != want {
+		t.Errorf("%d bytes were asked for, want %d", l.asked, want)
+	}
+	all, err := h.Pages(t.Context(), 0x1FFE000, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range all {
+		if all[i] != byteAt(0x1FFE000+pg.LSN(i)) {
+			t.Fatalf("three pages in two segments, byte %d: %#x", i, all[i])
+		}
+	}
+}
+
+// slow is a Source at which a reader of the first page waits to be let go.
+type slow struct{ inside, letGo chan struct{} }
+
+func (s *slow) Read(_ context.Context, from, until pg.LSN, _ func(*pb.SealedWAL) error) error {
+	if from == 0x1000000 && until == 0x1002000 {
+		close(s.inside)
+		<-s.letGo
+	}
+	return nil
+}
+
+// Who reads one place does not wait for who reads another.
+func TestReadersAtOnce(t *testing.T) {
+	const begin, end = 0x1000000, 0x1008000
+	s := &slow{inside: make(chan struct{}), letGo: make(chan struct{})}
+	h, err := Open(t.Context(), Config{Source: s, Unseal: unsealed, Oldest: begin, Start: begin, End: end})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := make(chan error)
+	go func() {
+		_, err := h.Pages(t.Context(), begin, 1)
+		first <- err
+	}()
+	<-s.inside
+	if _, err := h.Pages(t.Context(), begin+0x2000, 1); err != nil {
+		t.Error(err)
+	}
+	close(s.letGo)
+	if err := <-first; err != nil {
+		t.Error(err)
 	}
 }
 
