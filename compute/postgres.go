@@ -172,11 +172,11 @@ func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn
 	return pgconn.ConnectConfig(ctx, cfg)
 }
 
-// open connects to the database postgres or, where somebody dropped that, template1. A
+// open connects to the database postgres or, where somebody dropped or closed that, template1. A
 // connection to template1 must not stay: it keeps users from making databases.
 func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, err error) {
 	conn, err = p.connect(ctx, "postgres")
-	if sqlState(err) == noSuchDatabase {
+	if state := sqlState(err); state == noSuchDatabase || state == notInThisState {
 		conn, err = p.connect(ctx, "template1")
 		return conn, false, err
 	}

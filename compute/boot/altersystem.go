@@ -9,12 +9,18 @@ import (
 // ResetAll among names to reset stands for all of them, as in ALTER SYSTEM RESET ALL.
 const ResetAll = "all"
 
-// ResetSettings takes settings out of what ALTER SYSTEM wrote.
+// ResetSettings takes settings out of what ALTER SYSTEM wrote. ResetAll takes all out, lines
+// included that are none of its: with those, too, Postgres may not start.
 func ResetSettings(auto []byte, names []string) []byte {
+	named := func(name string) bool {
+		return slices.ContainsFunc(names, func(n string) bool { return strings.EqualFold(n, name) })
+	}
+	if named(ResetAll) {
+		return nil
+	}
 	var kept []byte
 	for line := range strings.Lines(string(auto)) {
-		name, _, ok := parseSetting(line)
-		if !ok || !slices.ContainsFunc(names, func(n string) bool { return strings.EqualFold(n, name) || strings.EqualFold(n, ResetAll) }) {
+		if name, _, ok := parseSetting(line); !ok || !named(name) {
 			kept = append(kept, line...)
 		}
 	}
@@ -42,7 +48,8 @@ func Suspects(auto []byte, said string) []Suspect {
 	var all []Suspect
 	for line := range strings.Lines(string(auto)) {
 		if name, value, ok := parseSetting(line); ok {
-			named := mentions(said, name) || slices.ContainsFunc(strings.Split(value, ","), func(part string) bool {
+			// A list whose quotes are wrong is one name to Postgres.
+			named := mentions(said, name) || slices.ContainsFunc(append(strings.Split(value, ","), value), func(part string) bool {
 				part = strings.Trim(part, ` "'`)
 				return len(part) > 2 && strings.Contains(said, `"`+part+`"`)
 			})

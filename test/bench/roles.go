@@ -142,7 +142,8 @@ func (v *volume) mount(ctx context.Context, images string) error {
 func (v *volume) unmount() error {
 	var errs []error
 	for _, dir := range v.dirs {
-		if err := syscall.Unmount(dir, 0); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOENT) {
+		// An endpoint that was killed leaves its own, dead, mount inside.
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmounting %s: %w", dir, err))
 		}
 	}
