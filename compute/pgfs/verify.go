@@ -263,11 +263,18 @@ func kindOf(fork pg.ForkNumber, p []byte) pagemask.Kind {
 	return pagemask.KindOf(p)
 }
 
+// gistBuildLSN is what pages of a GiST index bear that its build wrote, which logs them
+// afterwards (GistBuildLSN in gist.h).
+const gistBuildLSN = 1
+
 // comparePages tells where two copies differ in what WAL has, and in what it lacks.
 func comparePages(at pagemask.Place, here, there []byte, allow pagemask.Allow) (*difference, []pagemask.Need) {
 	a, b := slices.Clone(here), slices.Clone(there)
 	errA, errB := pagemask.Mask(a, at, allow|pagemask.Unlogged), pagemask.Mask(b, at, allow|pagemask.Unlogged)
 	d := &difference{here: pg.PageLSN(here), there: pg.PageLSN(there)}
+	if at.Kind == pagemask.Gist && d.here == gistBuildLSN {
+		pg.SetPageLSN(a, d.there)
+	}
 	switch {
 	case errA != nil && errB == nil:
 		d.what = fmt.Sprintf("here: %v", errA)

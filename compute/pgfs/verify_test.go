@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/holdfastdb/holdfast/internal/pagemask"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -337,5 +338,39 @@ func TestSaw(t *testing.T) {
 	if got := []bool{p.noVacuum(1), p.noVacuum(2), p.noVacuum(3), p.ended(4), p.ended(5), p.ended(1 << 31), (proof{}).ended(1), (proof{}).noVacuum(1)}; !slices.Equal(got,
 		[]bool{true, false, false, true, false, false, false, false}) {
 		t.Errorf("%v of %+v", got, p)
+	}
+}
+
+// TestPagesOfAGistBuild: a build writes its pages with an LSN of its own and logs them
+// afterwards. Nothing but the LSN may differ.
+func TestPagesOfAGistBuild(t *testing.T) {
+	page := func(lsn pg.LSN, content byte) []byte {
+		p := make([]byte, pg.BlockSize)
+		pg.SetPageLSN(p, lsn)
+		le := binary.LittleEndian
+		le.PutUint16(p[12:], 28)
+		le.PutUint16(p[14:], pg.BlockSize-32)
+		le.PutUint16(p[16:], pg.BlockSize-16)
+		le.PutUint16(p[18:], pg.BlockSize|4)
+		le.PutUint32(p[24:], 16<<17|1<<15|(pg.BlockSize-32))
+		p[pg.BlockSize-32+8] = content
+		le.PutUint16(p[pg.BlockSize-2:], 0xFF81) // GIST_PAGE_ID
+		return p
+	}
+	for _, c := range []struct {
+		here, there []byte
+		differs     bool
+	}{
+		{page(gistBuildLSN, 1), page(0x5000028, 1), false},
+		{page(gistBuildLSN, 1), page(0x5000028, 2), true},
+		{page(0x4000028, 1), page(0x5000028, 1), true},
+	} {
+		at := pagemask.Place{Fork: pg.MainFork, Kind: kindOf(pg.MainFork, c.here)}
+		if at.Kind != pagemask.Gist {
+			t.Fatalf("the page is taken for a %v page", at.Kind)
+		}
+		if d, _ := comparePages(at, c.here, c.there, pagemask.Hints); (d != nil) != c.differs {
+			t.Errorf("LSNs %v and %v: %+v", pg.PageLSN(c.here), pg.PageLSN(c.there), d)
+		}
 	}
 }

@@ -95,8 +95,9 @@ func TestCheckpoints(t *testing.T) {
 	if cp.NextXid != 2001 || cp.NextOid != 30000 || cp.NextMulti != 50 || cp.OldestXid != 800 || cp.OldestMulti != 2 {
 		t.Errorf("after an online checkpoint: %+v", *cp)
 	}
+	older.OldestMultiDB = 16384 // another database has the oldest one now, which is the same
 	b.apply(rmXLOG, xlogCheckpointShutdown, 0, older.Marshal())
-	if cp.NextXid != 1500 || cp.NextOid != 100 {
+	if cp.NextXid != 1500 || cp.NextOid != 100 || cp.OldestMultiDB != 16384 {
 		t.Errorf("a shutdown checkpoint is not believed: %+v", *cp)
 	}
 	older.TimelineID = 2

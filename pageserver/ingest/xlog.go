@@ -78,11 +78,12 @@ func (c *Core) checkpoint() error {
 	if shutdown {
 		cp.NextXid, cp.NextOid = seen.NextXid, seen.NextOid
 		cp.NextMulti, cp.NextMultiOffset = seen.NextMulti, seen.NextMultiOffset
+		cp.OldestMulti, cp.OldestMultiDB = seen.OldestMulti, seen.OldestMultiDB
 	} else {
 		cp.NextXid = max(cp.NextXid, seen.NextXid)
 		c.state.advanceMulti(seen.NextMulti, seen.NextMultiOffset)
+		c.state.advanceOldestMulti(seen.OldestMulti, seen.OldestMultiDB)
 	}
-	c.state.advanceOldestMulti(seen.OldestMulti, seen.OldestMultiDB)
 	if shutdown || xidPrecedes(cp.OldestXid, seen.OldestXid) {
 		cp.OldestXid, cp.OldestXidDB = seen.OldestXid, seen.OldestXidDB
 	}
