@@ -67,9 +67,11 @@ func Using(dir string) []Process {
 			continue
 		}
 		raw, err := os.ReadFile(filepath.Join(e, "cmdline"))
-		if err != nil || len(raw) == 0 { // gone, or a zombie
+		if err != nil {
 			continue
 		}
+		// One that is being killed has lost its command line already, but perhaps not its shared memory,
+		// for which a server that starts again would refuse to; that goes before its folder does.
 		command := strings.TrimSpace(string(bytes.ReplaceAll(raw, []byte{0}, []byte{' '})))
 		cwd, _ := os.Readlink(filepath.Join(e, "cwd"))
 		if strings.Contains(command, dir) || cwd == dir || strings.HasPrefix(cwd, dir+"/") {
