@@ -91,7 +91,7 @@ func (b *bench) writtenByRole(ctx context.Context, s system, volumes []volume, w
 	if err != nil {
 		return err
 	}
-	if err := b.flushed(ctx, s); err != nil {
+	if err := s.target.Exec(ctx, "CHECKPOINT"); err != nil {
 		return err
 	}
 	unix.Sync()
@@ -105,9 +105,6 @@ func (b *bench) writtenByRole(ctx context.Context, s system, volumes []volume, w
 	}
 	return nil
 }
-
-// flushed has Postgres write what it holds, which is the compute's share.
-func (b *bench) flushed(ctx context.Context, s system) error { return s.target.Exec(ctx, "CHECKPOINT") }
 
 // A volume is the file systems of one kind of role.
 type volume struct {

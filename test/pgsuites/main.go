@@ -117,7 +117,7 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	var obs *observer
 	if o.witness {
-		if obs, err = observe(ctx, c, witnessDir(dir), o.seed); err != nil {
+		if obs, err = observe(ctx, c, filepath.Join(dir, "witness"), o.seed); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, obs.close()) }()

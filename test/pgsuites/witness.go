@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -165,6 +164,3 @@ func committed(st *cluster.Status) (end pg.LSN) {
 	}
 	return end
 }
-
-// witnessDir is where the stock server's files are.
-func witnessDir(dir string) string { return filepath.Join(dir, "witness") }

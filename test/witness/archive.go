@@ -32,10 +32,10 @@ type archive struct {
 		sync.Mutex
 		end   pg.LSN        // the WAL up to here is in the files
 		grown chan struct{} // closed when end moves
-		// shutdown is the last record of a shutdown's checkpoint. Nothing follows it but messages of
-		// the agent, or last is not such a place.
+		// shutdown is the last checkpoint record of a shutdown; changed tells that records follow
+		// it that are no messages of the agent.
 		shutdown pg.LSN
-		changed  bool // other records follow
+		changed  bool
 	}
 	// The follower's.
 	plain   []byte
