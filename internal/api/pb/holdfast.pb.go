@@ -166,6 +166,59 @@ func (x *ErrorDetail) GetEndLsn() uint64 {
 	return 0
 }
 
+// KeyRef names the key that a branch uses or, without a branch, a project's.
+type KeyRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyRef) Reset() {
+	*x = KeyRef{}
+	mi := &file_holdfast_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyRef) ProtoMessage() {}
+
+func (x *KeyRef) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyRef.ProtoReflect.Descriptor instead.
+func (*KeyRef) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *KeyRef) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *KeyRef) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
 // DEKContext is bound into the wrap: a wrapped DEK opens under no other.
 type DEKContext struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -179,7 +232,7 @@ type DEKContext struct {
 
 func (x *DEKContext) Reset() {
 	*x = DEKContext{}
-	mi := &file_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -191,7 +244,7 @@ func (x *DEKContext) String() string {
 func (*DEKContext) ProtoMessage() {}
 
 func (x *DEKContext) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -204,7 +257,7 @@ func (x *DEKContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEKContext.ProtoReflect.Descriptor instead.
 func (*DEKContext) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{1}
+	return file_holdfast_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DEKContext) GetPurpose() string {
@@ -245,7 +298,7 @@ type CreateProjectRequest struct {
 
 func (x *CreateProjectRequest) Reset() {
 	*x = CreateProjectRequest{}
-	mi := &file_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +310,7 @@ func (x *CreateProjectRequest) String() string {
 func (*CreateProjectRequest) ProtoMessage() {}
 
 func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +323,7 @@ func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectRequest.ProtoReflect.Descriptor instead.
 func (*CreateProjectRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{2}
+	return file_holdfast_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *CreateProjectRequest) GetProject() string {
@@ -296,7 +349,7 @@ type CreateProjectResponse struct {
 
 func (x *CreateProjectResponse) Reset() {
 	*x = CreateProjectResponse{}
-	mi := &file_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -308,7 +361,7 @@ func (x *CreateProjectResponse) String() string {
 func (*CreateProjectResponse) ProtoMessage() {}
 
 func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -321,10 +374,114 @@ func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectResponse.ProtoReflect.Descriptor instead.
 func (*CreateProjectResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{3}
+	return file_holdfast_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateProjectResponse) GetKekVersion() uint32 {
+	if x != nil {
+		return x.KekVersion
+	}
+	return 0
+}
+
+type CreateBranchKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	Cmk           string                 `protobuf:"bytes,3,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateBranchKeyRequest) Reset() {
+	*x = CreateBranchKeyRequest{}
+	mi := &file_holdfast_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateBranchKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateBranchKeyRequest) ProtoMessage() {}
+
+func (x *CreateBranchKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateBranchKeyRequest.ProtoReflect.Descriptor instead.
+func (*CreateBranchKeyRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *CreateBranchKeyRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *CreateBranchKeyRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+func (x *CreateBranchKeyRequest) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+type CreateBranchKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KekVersion    uint32                 `protobuf:"varint,1,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateBranchKeyResponse) Reset() {
+	*x = CreateBranchKeyResponse{}
+	mi := &file_holdfast_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateBranchKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateBranchKeyResponse) ProtoMessage() {}
+
+func (x *CreateBranchKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateBranchKeyResponse.ProtoReflect.Descriptor instead.
+func (*CreateBranchKeyResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *CreateBranchKeyResponse) GetKekVersion() uint32 {
 	if x != nil {
 		return x.KekVersion
 	}
@@ -336,13 +493,15 @@ type LeaseRequest struct {
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	LeaseId       string                 `protobuf:"bytes,3,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Branch        string                 `protobuf:"bytes,4,opt,name=branch,proto3" json:"branch,omitempty"`                        // whose DEKs the lease is for; empty: of all branches under the project's own key
+	PublicKey     []byte                 `protobuf:"bytes,5,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // Ed25519, of the process; it signs the ShredReport
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LeaseRequest) Reset() {
 	*x = LeaseRequest{}
-	mi := &file_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -354,7 +513,7 @@ func (x *LeaseRequest) String() string {
 func (*LeaseRequest) ProtoMessage() {}
 
 func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -367,7 +526,7 @@ func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseRequest.ProtoReflect.Descriptor instead.
 func (*LeaseRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{4}
+	return file_holdfast_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *LeaseRequest) GetProject() string {
@@ -391,17 +550,32 @@ func (x *LeaseRequest) GetLeaseId() string {
 	return ""
 }
 
+func (x *LeaseRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+func (x *LeaseRequest) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
 type LeaseResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	TtlMs         int64                  `protobuf:"varint,2,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	Key           string                 `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"` // of which key the lease is: PROJECT or PROJECT/BRANCH
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LeaseResponse) Reset() {
 	*x = LeaseResponse{}
-	mi := &file_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -413,7 +587,7 @@ func (x *LeaseResponse) String() string {
 func (*LeaseResponse) ProtoMessage() {}
 
 func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -426,7 +600,7 @@ func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseResponse.ProtoReflect.Descriptor instead.
 func (*LeaseResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{5}
+	return file_holdfast_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LeaseResponse) GetLeaseId() string {
@@ -443,6 +617,13 @@ func (x *LeaseResponse) GetTtlMs() int64 {
 	return 0
 }
 
+func (x *LeaseResponse) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
 type GenerateDEKsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
@@ -453,7 +634,7 @@ type GenerateDEKsRequest struct {
 
 func (x *GenerateDEKsRequest) Reset() {
 	*x = GenerateDEKsRequest{}
-	mi := &file_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +646,7 @@ func (x *GenerateDEKsRequest) String() string {
 func (*GenerateDEKsRequest) ProtoMessage() {}
 
 func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +659,7 @@ func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsRequest.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{6}
+	return file_holdfast_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GenerateDEKsRequest) GetLeaseId() string {
@@ -504,7 +685,7 @@ type GenerateDEKsResponse struct {
 
 func (x *GenerateDEKsResponse) Reset() {
 	*x = GenerateDEKsResponse{}
-	mi := &file_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -516,7 +697,7 @@ func (x *GenerateDEKsResponse) String() string {
 func (*GenerateDEKsResponse) ProtoMessage() {}
 
 func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -529,7 +710,7 @@ func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsResponse.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{7}
+	return file_holdfast_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GenerateDEKsResponse) GetDeks() []*DEK {
@@ -549,7 +730,7 @@ type DEK struct {
 
 func (x *DEK) Reset() {
 	*x = DEK{}
-	mi := &file_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -561,7 +742,7 @@ func (x *DEK) String() string {
 func (*DEK) ProtoMessage() {}
 
 func (x *DEK) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -574,7 +755,7 @@ func (x *DEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEK.ProtoReflect.Descriptor instead.
 func (*DEK) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{8}
+	return file_holdfast_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DEK) GetPlaintext() []byte {
@@ -601,7 +782,7 @@ type WrappedDEK struct {
 
 func (x *WrappedDEK) Reset() {
 	*x = WrappedDEK{}
-	mi := &file_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +794,7 @@ func (x *WrappedDEK) String() string {
 func (*WrappedDEK) ProtoMessage() {}
 
 func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +807,7 @@ func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrappedDEK.ProtoReflect.Descriptor instead.
 func (*WrappedDEK) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{9}
+	return file_holdfast_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WrappedDEK) GetContext() *DEKContext {
@@ -653,7 +834,7 @@ type UnwrapDEKsRequest struct {
 
 func (x *UnwrapDEKsRequest) Reset() {
 	*x = UnwrapDEKsRequest{}
-	mi := &file_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +846,7 @@ func (x *UnwrapDEKsRequest) String() string {
 func (*UnwrapDEKsRequest) ProtoMessage() {}
 
 func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +859,7 @@ func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{10}
+	return file_holdfast_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UnwrapDEKsRequest) GetLeaseId() string {
@@ -704,7 +885,7 @@ type UnwrapDEKsResponse struct {
 
 func (x *UnwrapDEKsResponse) Reset() {
 	*x = UnwrapDEKsResponse{}
-	mi := &file_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +897,7 @@ func (x *UnwrapDEKsResponse) String() string {
 func (*UnwrapDEKsResponse) ProtoMessage() {}
 
 func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +910,7 @@ func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsResponse.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{11}
+	return file_holdfast_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UnwrapDEKsResponse) GetPlaintexts() [][]byte {
@@ -739,16 +920,343 @@ func (x *UnwrapDEKsResponse) GetPlaintexts() [][]byte {
 	return nil
 }
 
+type RewrapDEKsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Wrapped       [][]byte               `protobuf:"bytes,1,rep,name=wrapped,proto3" json:"wrapped,omitempty"`
+	KekVersion    uint32                 `protobuf:"varint,2,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapDEKsResponse) Reset() {
+	*x = RewrapDEKsResponse{}
+	mi := &file_holdfast_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapDEKsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapDEKsResponse) ProtoMessage() {}
+
+func (x *RewrapDEKsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapDEKsResponse.ProtoReflect.Descriptor instead.
+func (*RewrapDEKsResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RewrapDEKsResponse) GetWrapped() [][]byte {
+	if x != nil {
+		return x.Wrapped
+	}
+	return nil
+}
+
+func (x *RewrapDEKsResponse) GetKekVersion() uint32 {
+	if x != nil {
+		return x.KekVersion
+	}
+	return 0
+}
+
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_holdfast_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *WatchRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type KeyNotice struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`     // PROJECT or PROJECT/BRANCH
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // as in KeyStatusResponse
+	KekVersion    uint32                 `protobuf:"varint,3,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyNotice) Reset() {
+	*x = KeyNotice{}
+	mi := &file_holdfast_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyNotice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyNotice) ProtoMessage() {}
+
+func (x *KeyNotice) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyNotice.ProtoReflect.Descriptor instead.
+func (*KeyNotice) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *KeyNotice) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KeyNotice) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *KeyNotice) GetKekVersion() uint32 {
+	if x != nil {
+		return x.KekVersion
+	}
+	return 0
+}
+
+// ShredReport is signed by the process, over the deterministic bytes of the report without
+// signature: "holdfast shred report v1\n" and the marshaled message (keymgr/receipt has the function).
+type ShredReport struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	LeaseId         string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Key             string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	Branch          string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
+	Node            string                 `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Pid             int64                  `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`
+	Reason          string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Keys            int64                  `protobuf:"varint,7,opt,name=keys,proto3" json:"keys,omitempty"` // DEKs that were wiped
+	KeysWipedUnixUs int64                  `protobuf:"varint,8,opt,name=keys_wiped_unix_us,json=keysWipedUnixUs,proto3" json:"keys_wiped_unix_us,omitempty"`
+	ShreddedUnixUs  int64                  `protobuf:"varint,9,opt,name=shredded_unix_us,json=shreddedUnixUs,proto3" json:"shredded_unix_us,omitempty"` // when the last of dropped was gone
+	Dropped         []string               `protobuf:"bytes,10,rep,name=dropped,proto3" json:"dropped,omitempty"`                                       // what else was, in words: "Postgres killed", "12 pages of the open layer"
+	PublicKey       []byte                 `protobuf:"bytes,11,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	Signature       []byte                 `protobuf:"bytes,12,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *ShredReport) Reset() {
+	*x = ShredReport{}
+	mi := &file_holdfast_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShredReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShredReport) ProtoMessage() {}
+
+func (x *ShredReport) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShredReport.ProtoReflect.Descriptor instead.
+func (*ShredReport) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ShredReport) GetLeaseId() string {
+	if x != nil {
+		return x.LeaseId
+	}
+	return ""
+}
+
+func (x *ShredReport) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ShredReport) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+func (x *ShredReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ShredReport) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *ShredReport) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ShredReport) GetKeys() int64 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+func (x *ShredReport) GetKeysWipedUnixUs() int64 {
+	if x != nil {
+		return x.KeysWipedUnixUs
+	}
+	return 0
+}
+
+func (x *ShredReport) GetShreddedUnixUs() int64 {
+	if x != nil {
+		return x.ShreddedUnixUs
+	}
+	return 0
+}
+
+func (x *ShredReport) GetDropped() []string {
+	if x != nil {
+		return x.Dropped
+	}
+	return nil
+}
+
+func (x *ShredReport) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *ShredReport) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type ReportShredResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportShredResponse) Reset() {
+	*x = ReportShredResponse{}
+	mi := &file_holdfast_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportShredResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportShredResponse) ProtoMessage() {}
+
+func (x *ReportShredResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportShredResponse.ProtoReflect.Descriptor instead.
+func (*ReportShredResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{19}
+}
+
 type KeyStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeyStatusRequest) Reset() {
 	*x = KeyStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +1268,7 @@ func (x *KeyStatusRequest) String() string {
 func (*KeyStatusRequest) ProtoMessage() {}
 
 func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +1281,7 @@ func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusRequest.ProtoReflect.Descriptor instead.
 func (*KeyStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{12}
+	return file_holdfast_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *KeyStatusRequest) GetProject() string {
@@ -783,20 +1291,36 @@ func (x *KeyStatusRequest) GetProject() string {
 	return ""
 }
 
+func (x *KeyStatusRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
 type KeyStatusResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cmk           string                 `protobuf:"bytes,1,opt,name=cmk,proto3" json:"cmk,omitempty"`
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, revoked, unreachable
-	KekVersion    uint32                 `protobuf:"varint,3,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
-	ProviderError string                 `protobuf:"bytes,4,opt,name=provider_error,json=providerError,proto3" json:"provider_error,omitempty"`
-	CheckedUnixMs int64                  `protobuf:"varint,5,opt,name=checked_unix_ms,json=checkedUnixMs,proto3" json:"checked_unix_ms,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Cmk   string                 `protobuf:"bytes,1,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	// active; grace: the KMS does not answer, until_unix_ms is when leases end; revoked; unreachable:
+	// the grace is over, or there was none; resuming: the KMS says yes again, until nodes hold leases.
+	State         string       `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	KekVersion    uint32       `protobuf:"varint,3,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	ProviderError string       `protobuf:"bytes,4,opt,name=provider_error,json=providerError,proto3" json:"provider_error,omitempty"`
+	CheckedUnixMs int64        `protobuf:"varint,5,opt,name=checked_unix_ms,json=checkedUnixMs,proto3" json:"checked_unix_ms,omitempty"`
+	Key           string       `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`                                       // PROJECT or PROJECT/BRANCH
+	SinceUnixMs   int64        `protobuf:"varint,7,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"` // of the state
+	UntilUnixMs   int64        `protobuf:"varint,8,opt,name=until_unix_ms,json=untilUnixMs,proto3" json:"until_unix_ms,omitempty"` // with grace
+	ControlledBy  string       `protobuf:"bytes,9,opt,name=controlled_by,json=controlledBy,proto3" json:"controlled_by,omitempty"` // with revoked: who can end it, in words: "AWS KMS key arn:…", "holdfast key resume"
+	GraceMs       int64        `protobuf:"varint,10,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	Holders       []*KeyHolder `protobuf:"bytes,11,rep,name=holders,proto3" json:"holders,omitempty"`
+	BoundMs       int64        `protobuf:"varint,12,opt,name=bound_ms,json=boundMs,proto3" json:"bound_ms,omitempty"` // K2: check interval and lease time
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeyStatusResponse) Reset() {
 	*x = KeyStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +1332,7 @@ func (x *KeyStatusResponse) String() string {
 func (*KeyStatusResponse) ProtoMessage() {}
 
 func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +1345,7 @@ func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusResponse.ProtoReflect.Descriptor instead.
 func (*KeyStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{13}
+	return file_holdfast_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *KeyStatusResponse) GetCmk() string {
@@ -859,6 +1383,1175 @@ func (x *KeyStatusResponse) GetCheckedUnixMs() int64 {
 	return 0
 }
 
+func (x *KeyStatusResponse) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KeyStatusResponse) GetSinceUnixMs() int64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
+func (x *KeyStatusResponse) GetUntilUnixMs() int64 {
+	if x != nil {
+		return x.UntilUnixMs
+	}
+	return 0
+}
+
+func (x *KeyStatusResponse) GetControlledBy() string {
+	if x != nil {
+		return x.ControlledBy
+	}
+	return ""
+}
+
+func (x *KeyStatusResponse) GetGraceMs() int64 {
+	if x != nil {
+		return x.GraceMs
+	}
+	return 0
+}
+
+func (x *KeyStatusResponse) GetHolders() []*KeyHolder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *KeyStatusResponse) GetBoundMs() int64 {
+	if x != nil {
+		return x.BoundMs
+	}
+	return 0
+}
+
+type KeyHolder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	LeaseId       string                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	EndsUnixMs    int64                  `protobuf:"varint,3,opt,name=ends_unix_ms,json=endsUnixMs,proto3" json:"ends_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyHolder) Reset() {
+	*x = KeyHolder{}
+	mi := &file_holdfast_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyHolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyHolder) ProtoMessage() {}
+
+func (x *KeyHolder) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyHolder.ProtoReflect.Descriptor instead.
+func (*KeyHolder) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *KeyHolder) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *KeyHolder) GetLeaseId() string {
+	if x != nil {
+		return x.LeaseId
+	}
+	return ""
+}
+
+func (x *KeyHolder) GetEndsUnixMs() int64 {
+	if x != nil {
+		return x.EndsUnixMs
+	}
+	return 0
+}
+
+type RevokeKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeKeyRequest) Reset() {
+	*x = RevokeKeyRequest{}
+	mi := &file_holdfast_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeKeyRequest) ProtoMessage() {}
+
+func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeKeyRequest.ProtoReflect.Descriptor instead.
+func (*RevokeKeyRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *RevokeKeyRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *RevokeKeyRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type CheckKeysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cmk           string                 `protobuf:"bytes,1,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckKeysRequest) Reset() {
+	*x = CheckKeysRequest{}
+	mi := &file_holdfast_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckKeysRequest) ProtoMessage() {}
+
+func (x *CheckKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckKeysRequest.ProtoReflect.Descriptor instead.
+func (*CheckKeysRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *CheckKeysRequest) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+type CheckKeysResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          []string               `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckKeysResponse) Reset() {
+	*x = CheckKeysResponse{}
+	mi := &file_holdfast_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckKeysResponse) ProtoMessage() {}
+
+func (x *CheckKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckKeysResponse.ProtoReflect.Descriptor instead.
+func (*CheckKeysResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *CheckKeysResponse) GetKeys() []string {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+type ListKeysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKeysRequest) Reset() {
+	*x = ListKeysRequest{}
+	mi := &file_holdfast_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeysRequest) ProtoMessage() {}
+
+func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
+func (*ListKeysRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{26}
+}
+
+type ListKeysResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          []*KeyStatusResponse   `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKeysResponse) Reset() {
+	*x = ListKeysResponse{}
+	mi := &file_holdfast_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeysResponse) ProtoMessage() {}
+
+func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
+func (*ListKeysResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ListKeysResponse) GetKeys() []*KeyStatusResponse {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+type SetGraceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	GraceMs       int64                  `protobuf:"varint,2,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetGraceRequest) Reset() {
+	*x = SetGraceRequest{}
+	mi := &file_holdfast_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetGraceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetGraceRequest) ProtoMessage() {}
+
+func (x *SetGraceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetGraceRequest.ProtoReflect.Descriptor instead.
+func (*SetGraceRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *SetGraceRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *SetGraceRequest) GetGraceMs() int64 {
+	if x != nil {
+		return x.GraceMs
+	}
+	return 0
+}
+
+type ListReceiptsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Receipts      []*Receipt             `protobuf:"bytes,1,rep,name=receipts,proto3" json:"receipts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListReceiptsResponse) Reset() {
+	*x = ListReceiptsResponse{}
+	mi := &file_holdfast_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListReceiptsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListReceiptsResponse) ProtoMessage() {}
+
+func (x *ListReceiptsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListReceiptsResponse.ProtoReflect.Descriptor instead.
+func (*ListReceiptsResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ListReceiptsResponse) GetReceipts() []*Receipt {
+	if x != nil {
+		return x.Receipts
+	}
+	return nil
+}
+
+// Receipt tells what came of one revocation, by node.
+type Receipt struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	Cmk           string                 `protobuf:"bytes,3,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	Cause         string                 `protobuf:"bytes,4,opt,name=cause,proto3" json:"cause,omitempty"`                                         // denied, unreachable, held
+	Detail        string                 `protobuf:"bytes,5,opt,name=detail,proto3" json:"detail,omitempty"`                                       // the provider's words
+	RequestId     string                 `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`                // of the KMS's answer
+	RevokedUnixUs int64                  `protobuf:"varint,7,opt,name=revoked_unix_us,json=revokedUnixUs,proto3" json:"revoked_unix_us,omitempty"` // when the key manager knew
+	Entries       []*ReceiptEntry        `protobuf:"bytes,8,rep,name=entries,proto3" json:"entries,omitempty"`
+	Complete      bool                   `protobuf:"varint,9,opt,name=complete,proto3" json:"complete,omitempty"`                  // each node has reported, or its lease has run out
+	AuditSeq      uint64                 `protobuf:"varint,10,opt,name=audit_seq,json=auditSeq,proto3" json:"audit_seq,omitempty"` // of the event in the audit log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Receipt) Reset() {
+	*x = Receipt{}
+	mi := &file_holdfast_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Receipt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Receipt) ProtoMessage() {}
+
+func (x *Receipt) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
+func (*Receipt) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Receipt) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Receipt) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Receipt) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+func (x *Receipt) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *Receipt) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Receipt) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *Receipt) GetRevokedUnixUs() int64 {
+	if x != nil {
+		return x.RevokedUnixUs
+	}
+	return 0
+}
+
+func (x *Receipt) GetEntries() []*ReceiptEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *Receipt) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+func (x *Receipt) GetAuditSeq() uint64 {
+	if x != nil {
+		return x.AuditSeq
+	}
+	return 0
+}
+
+type ReceiptEntry struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Node           string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	LeaseId        string                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Branch         string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
+	PublicKey      []byte                 `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`                     // as the lease was asked for with
+	LeaseEndUnixUs int64                  `protobuf:"varint,5,opt,name=lease_end_unix_us,json=leaseEndUnixUs,proto3" json:"lease_end_unix_us,omitempty"` // when the lease had run out at the latest
+	Report         *ShredReport           `protobuf:"bytes,6,opt,name=report,proto3" json:"report,omitempty"`                                            // absent: it has not answered
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ReceiptEntry) Reset() {
+	*x = ReceiptEntry{}
+	mi := &file_holdfast_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReceiptEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReceiptEntry) ProtoMessage() {}
+
+func (x *ReceiptEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReceiptEntry.ProtoReflect.Descriptor instead.
+func (*ReceiptEntry) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ReceiptEntry) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReceiptEntry) GetLeaseId() string {
+	if x != nil {
+		return x.LeaseId
+	}
+	return ""
+}
+
+func (x *ReceiptEntry) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+func (x *ReceiptEntry) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *ReceiptEntry) GetLeaseEndUnixUs() int64 {
+	if x != nil {
+		return x.LeaseEndUnixUs
+	}
+	return 0
+}
+
+func (x *ReceiptEntry) GetReport() *ShredReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+type RewrapRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapRequest) Reset() {
+	*x = RewrapRequest{}
+	mi := &file_holdfast_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapRequest) ProtoMessage() {}
+
+func (x *RewrapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapRequest.ProtoReflect.Descriptor instead.
+func (*RewrapRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RewrapRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *RewrapRequest) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+type RetireKEKRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Version       uint32                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireKEKRequest) Reset() {
+	*x = RetireKEKRequest{}
+	mi := &file_holdfast_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireKEKRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireKEKRequest) ProtoMessage() {}
+
+func (x *RetireKEKRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireKEKRequest.ProtoReflect.Descriptor instead.
+func (*RetireKEKRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RetireKEKRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *RetireKEKRequest) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+type KeyVersionsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	Current       uint32                 `protobuf:"varint,3,opt,name=current,proto3" json:"current,omitempty"`
+	Keks          []*KEKVersion          `protobuf:"bytes,4,rep,name=keks,proto3" json:"keks,omitempty"`
+	RotateEveryMs int64                  `protobuf:"varint,5,opt,name=rotate_every_ms,json=rotateEveryMs,proto3" json:"rotate_every_ms,omitempty"`
+	KmsCalls      int64                  `protobuf:"varint,6,opt,name=kms_calls,json=kmsCalls,proto3" json:"kms_calls,omitempty"` // that the call made
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyVersionsResponse) Reset() {
+	*x = KeyVersionsResponse{}
+	mi := &file_holdfast_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyVersionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyVersionsResponse) ProtoMessage() {}
+
+func (x *KeyVersionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyVersionsResponse.ProtoReflect.Descriptor instead.
+func (*KeyVersionsResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *KeyVersionsResponse) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KeyVersionsResponse) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+func (x *KeyVersionsResponse) GetCurrent() uint32 {
+	if x != nil {
+		return x.Current
+	}
+	return 0
+}
+
+func (x *KeyVersionsResponse) GetKeks() []*KEKVersion {
+	if x != nil {
+		return x.Keks
+	}
+	return nil
+}
+
+func (x *KeyVersionsResponse) GetRotateEveryMs() int64 {
+	if x != nil {
+		return x.RotateEveryMs
+	}
+	return 0
+}
+
+func (x *KeyVersionsResponse) GetKmsCalls() int64 {
+	if x != nil {
+		return x.KmsCalls
+	}
+	return 0
+}
+
+type KEKVersion struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	CmkVersion    string                 `protobuf:"bytes,3,opt,name=cmk_version,json=cmkVersion,proto3" json:"cmk_version,omitempty"`
+	CreatedUnixMs int64                  `protobuf:"varint,4,opt,name=created_unix_ms,json=createdUnixMs,proto3" json:"created_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KEKVersion) Reset() {
+	*x = KEKVersion{}
+	mi := &file_holdfast_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KEKVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KEKVersion) ProtoMessage() {}
+
+func (x *KEKVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KEKVersion.ProtoReflect.Descriptor instead.
+func (*KEKVersion) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *KEKVersion) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *KEKVersion) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+func (x *KEKVersion) GetCmkVersion() string {
+	if x != nil {
+		return x.CmkVersion
+	}
+	return ""
+}
+
+func (x *KEKVersion) GetCreatedUnixMs() int64 {
+	if x != nil {
+		return x.CreatedUnixMs
+	}
+	return 0
+}
+
+// KeyUse counts wrapped DEKs by the version of the KEK. It is how one learns which may be destroyed.
+type KeyUseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyUseRequest) Reset() {
+	*x = KeyUseRequest{}
+	mi := &file_holdfast_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyUseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyUseRequest) ProtoMessage() {}
+
+func (x *KeyUseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyUseRequest.ProtoReflect.Descriptor instead.
+func (*KeyUseRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *KeyUseRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *KeyUseRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+type KeyUseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uses          []*KeyUse              `protobuf:"bytes,1,rep,name=uses,proto3" json:"uses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyUseResponse) Reset() {
+	*x = KeyUseResponse{}
+	mi := &file_holdfast_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyUseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyUseResponse) ProtoMessage() {}
+
+func (x *KeyUseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyUseResponse.ProtoReflect.Descriptor instead.
+func (*KeyUseResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *KeyUseResponse) GetUses() []*KeyUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+type KeyUse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	What          string                 `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
+	KekVersion    uint32                 `protobuf:"varint,4,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	Deks          int64                  `protobuf:"varint,5,opt,name=deks,proto3" json:"deks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyUse) Reset() {
+	*x = KeyUse{}
+	mi := &file_holdfast_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyUse) ProtoMessage() {}
+
+func (x *KeyUse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyUse.ProtoReflect.Descriptor instead.
+func (*KeyUse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *KeyUse) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *KeyUse) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+func (x *KeyUse) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *KeyUse) GetKekVersion() uint32 {
+	if x != nil {
+		return x.KekVersion
+	}
+	return 0
+}
+
+func (x *KeyUse) GetDeks() int64 {
+	if x != nil {
+		return x.Deks
+	}
+	return 0
+}
+
+// RewrapBranch wraps again, under the KEK's current version, all DEKs of a branch for which the
+// role answers. No data is read or written. Idempotent.
+type RewrapBranchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapBranchRequest) Reset() {
+	*x = RewrapBranchRequest{}
+	mi := &file_holdfast_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapBranchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapBranchRequest) ProtoMessage() {}
+
+func (x *RewrapBranchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapBranchRequest.ProtoReflect.Descriptor instead.
+func (*RewrapBranchRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *RewrapBranchRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *RewrapBranchRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+type RewrapBranchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rewrapped     int64                  `protobuf:"varint,1,opt,name=rewrapped,proto3" json:"rewrapped,omitempty"`
+	BytesWritten  int64                  `protobuf:"varint,2,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"`
+	KekVersion    uint32                 `protobuf:"varint,3,opt,name=kek_version,json=kekVersion,proto3" json:"kek_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapBranchResponse) Reset() {
+	*x = RewrapBranchResponse{}
+	mi := &file_holdfast_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapBranchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapBranchResponse) ProtoMessage() {}
+
+func (x *RewrapBranchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapBranchResponse.ProtoReflect.Descriptor instead.
+func (*RewrapBranchResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *RewrapBranchResponse) GetRewrapped() int64 {
+	if x != nil {
+		return x.Rewrapped
+	}
+	return 0
+}
+
+func (x *RewrapBranchResponse) GetBytesWritten() int64 {
+	if x != nil {
+		return x.BytesWritten
+	}
+	return 0
+}
+
+func (x *RewrapBranchResponse) GetKekVersion() uint32 {
+	if x != nil {
+		return x.KekVersion
+	}
+	return 0
+}
+
 type HelloRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Group         uint64                 `protobuf:"varint,1,opt,name=group,proto3" json:"group,omitempty"`
@@ -870,7 +2563,7 @@ type HelloRequest struct {
 
 func (x *HelloRequest) Reset() {
 	*x = HelloRequest{}
-	mi := &file_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +2575,7 @@ func (x *HelloRequest) String() string {
 func (*HelloRequest) ProtoMessage() {}
 
 func (x *HelloRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +2588,7 @@ func (x *HelloRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloRequest.ProtoReflect.Descriptor instead.
 func (*HelloRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{14}
+	return file_holdfast_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *HelloRequest) GetGroup() uint64 {
@@ -931,7 +2624,7 @@ type HelloResponse struct {
 
 func (x *HelloResponse) Reset() {
 	*x = HelloResponse{}
-	mi := &file_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -943,7 +2636,7 @@ func (x *HelloResponse) String() string {
 func (*HelloResponse) ProtoMessage() {}
 
 func (x *HelloResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -956,7 +2649,7 @@ func (x *HelloResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloResponse.ProtoReflect.Descriptor instead.
 func (*HelloResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{15}
+	return file_holdfast_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *HelloResponse) GetIncarnation() uint64 {
@@ -998,7 +2691,7 @@ type CreateBranchRequest struct {
 
 func (x *CreateBranchRequest) Reset() {
 	*x = CreateBranchRequest{}
-	mi := &file_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1010,7 +2703,7 @@ func (x *CreateBranchRequest) String() string {
 func (*CreateBranchRequest) ProtoMessage() {}
 
 func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1023,7 +2716,7 @@ func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchRequest.ProtoReflect.Descriptor instead.
 func (*CreateBranchRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{16}
+	return file_holdfast_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateBranchRequest) GetProject() string {
@@ -1055,7 +2748,7 @@ type CreateBranchResponse struct {
 
 func (x *CreateBranchResponse) Reset() {
 	*x = CreateBranchResponse{}
-	mi := &file_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +2760,7 @@ func (x *CreateBranchResponse) String() string {
 func (*CreateBranchResponse) ProtoMessage() {}
 
 func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +2773,7 @@ func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchResponse.ProtoReflect.Descriptor instead.
 func (*CreateBranchResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{17}
+	return file_holdfast_proto_rawDescGZIP(), []int{44}
 }
 
 type OpenEpochRequest struct {
@@ -1094,7 +2787,7 @@ type OpenEpochRequest struct {
 
 func (x *OpenEpochRequest) Reset() {
 	*x = OpenEpochRequest{}
-	mi := &file_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +2799,7 @@ func (x *OpenEpochRequest) String() string {
 func (*OpenEpochRequest) ProtoMessage() {}
 
 func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +2812,7 @@ func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochRequest.ProtoReflect.Descriptor instead.
 func (*OpenEpochRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{18}
+	return file_holdfast_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *OpenEpochRequest) GetProject() string {
@@ -1154,7 +2847,7 @@ type OpenEpochResponse struct {
 
 func (x *OpenEpochResponse) Reset() {
 	*x = OpenEpochResponse{}
-	mi := &file_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +2859,7 @@ func (x *OpenEpochResponse) String() string {
 func (*OpenEpochResponse) ProtoMessage() {}
 
 func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +2872,7 @@ func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochResponse.ProtoReflect.Descriptor instead.
 func (*OpenEpochResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{19}
+	return file_holdfast_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *OpenEpochResponse) GetEpoch() uint64 {
@@ -1217,7 +2910,7 @@ type AppendRequest struct {
 
 func (x *AppendRequest) Reset() {
 	*x = AppendRequest{}
-	mi := &file_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +2922,7 @@ func (x *AppendRequest) String() string {
 func (*AppendRequest) ProtoMessage() {}
 
 func (x *AppendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +2935,7 @@ func (x *AppendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendRequest.ProtoReflect.Descriptor instead.
 func (*AppendRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{20}
+	return file_holdfast_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AppendRequest) GetProject() string {
@@ -1289,7 +2982,7 @@ type AppendResponse struct {
 
 func (x *AppendResponse) Reset() {
 	*x = AppendResponse{}
-	mi := &file_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +2994,7 @@ func (x *AppendResponse) String() string {
 func (*AppendResponse) ProtoMessage() {}
 
 func (x *AppendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +3007,7 @@ func (x *AppendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendResponse.ProtoReflect.Descriptor instead.
 func (*AppendResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{21}
+	return file_holdfast_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AppendResponse) GetCommittedLsn() uint64 {
@@ -1336,7 +3029,7 @@ type ReadRequest struct {
 
 func (x *ReadRequest) Reset() {
 	*x = ReadRequest{}
-	mi := &file_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +3041,7 @@ func (x *ReadRequest) String() string {
 func (*ReadRequest) ProtoMessage() {}
 
 func (x *ReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +3054,7 @@ func (x *ReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadRequest.ProtoReflect.Descriptor instead.
 func (*ReadRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{22}
+	return file_holdfast_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ReadRequest) GetProject() string {
@@ -1402,7 +3095,7 @@ type ReadResponse struct {
 
 func (x *ReadResponse) Reset() {
 	*x = ReadResponse{}
-	mi := &file_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +3107,7 @@ func (x *ReadResponse) String() string {
 func (*ReadResponse) ProtoMessage() {}
 
 func (x *ReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +3120,7 @@ func (x *ReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
 func (*ReadResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{23}
+	return file_holdfast_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ReadResponse) GetChunks() []*SealedWAL {
@@ -1461,7 +3154,7 @@ type SealedWAL struct {
 
 func (x *SealedWAL) Reset() {
 	*x = SealedWAL{}
-	mi := &file_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +3166,7 @@ func (x *SealedWAL) String() string {
 func (*SealedWAL) ProtoMessage() {}
 
 func (x *SealedWAL) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +3179,7 @@ func (x *SealedWAL) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedWAL.ProtoReflect.Descriptor instead.
 func (*SealedWAL) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{24}
+	return file_holdfast_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SealedWAL) GetBeginLsn() uint64 {
@@ -1549,7 +3242,7 @@ type ReportDurableRequest struct {
 
 func (x *ReportDurableRequest) Reset() {
 	*x = ReportDurableRequest{}
-	mi := &file_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +3254,7 @@ func (x *ReportDurableRequest) String() string {
 func (*ReportDurableRequest) ProtoMessage() {}
 
 func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +3267,7 @@ func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableRequest.ProtoReflect.Descriptor instead.
 func (*ReportDurableRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{25}
+	return file_holdfast_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ReportDurableRequest) GetProject() string {
@@ -1606,7 +3299,7 @@ type ReportDurableResponse struct {
 
 func (x *ReportDurableResponse) Reset() {
 	*x = ReportDurableResponse{}
-	mi := &file_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +3311,7 @@ func (x *ReportDurableResponse) String() string {
 func (*ReportDurableResponse) ProtoMessage() {}
 
 func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +3324,7 @@ func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableResponse.ProtoReflect.Descriptor instead.
 func (*ReportDurableResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{26}
+	return file_holdfast_proto_rawDescGZIP(), []int{53}
 }
 
 type SafekeeperStatusRequest struct {
@@ -1642,7 +3335,7 @@ type SafekeeperStatusRequest struct {
 
 func (x *SafekeeperStatusRequest) Reset() {
 	*x = SafekeeperStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1654,7 +3347,7 @@ func (x *SafekeeperStatusRequest) String() string {
 func (*SafekeeperStatusRequest) ProtoMessage() {}
 
 func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1667,7 +3360,7 @@ func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusRequest.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{27}
+	return file_holdfast_proto_rawDescGZIP(), []int{54}
 }
 
 type SafekeeperStatusResponse struct {
@@ -1682,7 +3375,7 @@ type SafekeeperStatusResponse struct {
 
 func (x *SafekeeperStatusResponse) Reset() {
 	*x = SafekeeperStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1694,7 +3387,7 @@ func (x *SafekeeperStatusResponse) String() string {
 func (*SafekeeperStatusResponse) ProtoMessage() {}
 
 func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1707,7 +3400,7 @@ func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusResponse.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{28}
+	return file_holdfast_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SafekeeperStatusResponse) GetNodeId() uint64 {
@@ -1752,7 +3445,7 @@ type GroupStatus struct {
 
 func (x *GroupStatus) Reset() {
 	*x = GroupStatus{}
-	mi := &file_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +3457,7 @@ func (x *GroupStatus) String() string {
 func (*GroupStatus) ProtoMessage() {}
 
 func (x *GroupStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +3470,7 @@ func (x *GroupStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupStatus.ProtoReflect.Descriptor instead.
 func (*GroupStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{29}
+	return file_holdfast_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GroupStatus) GetGroup() uint64 {
@@ -1836,7 +3529,7 @@ type BranchStatus struct {
 
 func (x *BranchStatus) Reset() {
 	*x = BranchStatus{}
-	mi := &file_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +3541,7 @@ func (x *BranchStatus) String() string {
 func (*BranchStatus) ProtoMessage() {}
 
 func (x *BranchStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +3554,7 @@ func (x *BranchStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BranchStatus.ProtoReflect.Descriptor instead.
 func (*BranchStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{30}
+	return file_holdfast_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *BranchStatus) GetProject() string {
@@ -1920,7 +3613,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1932,7 +3625,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1945,7 +3638,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{31}
+	return file_holdfast_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RaftMessage) GetGroup() uint64 {
@@ -1984,7 +3677,7 @@ type RaftAck struct {
 
 func (x *RaftAck) Reset() {
 	*x = RaftAck{}
-	mi := &file_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1996,7 +3689,7 @@ func (x *RaftAck) String() string {
 func (*RaftAck) ProtoMessage() {}
 
 func (x *RaftAck) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2009,7 +3702,7 @@ func (x *RaftAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftAck.ProtoReflect.Descriptor instead.
 func (*RaftAck) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{32}
+	return file_holdfast_proto_rawDescGZIP(), []int{59}
 }
 
 type ImportRequest struct {
@@ -2026,7 +3719,7 @@ type ImportRequest struct {
 
 func (x *ImportRequest) Reset() {
 	*x = ImportRequest{}
-	mi := &file_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +3731,7 @@ func (x *ImportRequest) String() string {
 func (*ImportRequest) ProtoMessage() {}
 
 func (x *ImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +3744,7 @@ func (x *ImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportRequest.ProtoReflect.Descriptor instead.
 func (*ImportRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{33}
+	return file_holdfast_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ImportRequest) GetProject() string {
@@ -2105,7 +3798,7 @@ type ImportResponse struct {
 
 func (x *ImportResponse) Reset() {
 	*x = ImportResponse{}
-	mi := &file_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +3810,7 @@ func (x *ImportResponse) String() string {
 func (*ImportResponse) ProtoMessage() {}
 
 func (x *ImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +3823,7 @@ func (x *ImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportResponse.ProtoReflect.Descriptor instead.
 func (*ImportResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{34}
+	return file_holdfast_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ImportResponse) GetLsn() uint64 {
@@ -2150,7 +3843,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2162,7 +3855,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2175,7 +3868,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{35}
+	return file_holdfast_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AttachRequest) GetProject() string {
@@ -2200,7 +3893,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +3905,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +3918,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{36}
+	return file_holdfast_proto_rawDescGZIP(), []int{63}
 }
 
 type ReadPoint struct {
@@ -2241,7 +3934,7 @@ type ReadPoint struct {
 
 func (x *ReadPoint) Reset() {
 	*x = ReadPoint{}
-	mi := &file_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +3946,7 @@ func (x *ReadPoint) String() string {
 func (*ReadPoint) ProtoMessage() {}
 
 func (x *ReadPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +3959,7 @@ func (x *ReadPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadPoint.ProtoReflect.Descriptor instead.
 func (*ReadPoint) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{37}
+	return file_holdfast_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ReadPoint) GetProject() string {
@@ -2316,7 +4009,7 @@ type RelFork struct {
 
 func (x *RelFork) Reset() {
 	*x = RelFork{}
-	mi := &file_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +4021,7 @@ func (x *RelFork) String() string {
 func (*RelFork) ProtoMessage() {}
 
 func (x *RelFork) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +4034,7 @@ func (x *RelFork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelFork.ProtoReflect.Descriptor instead.
 func (*RelFork) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{38}
+	return file_holdfast_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RelFork) GetTablespace() uint32 {
@@ -2385,7 +4078,7 @@ type GetPagesRequest struct {
 
 func (x *GetPagesRequest) Reset() {
 	*x = GetPagesRequest{}
-	mi := &file_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +4090,7 @@ func (x *GetPagesRequest) String() string {
 func (*GetPagesRequest) ProtoMessage() {}
 
 func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +4103,7 @@ func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesRequest.ProtoReflect.Descriptor instead.
 func (*GetPagesRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{39}
+	return file_holdfast_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *GetPagesRequest) GetAt() *ReadPoint {
@@ -2460,7 +4153,7 @@ type GetPagesResponse struct {
 
 func (x *GetPagesResponse) Reset() {
 	*x = GetPagesResponse{}
-	mi := &file_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2472,7 +4165,7 @@ func (x *GetPagesResponse) String() string {
 func (*GetPagesResponse) ProtoMessage() {}
 
 func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2485,7 +4178,7 @@ func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesResponse.ProtoReflect.Descriptor instead.
 func (*GetPagesResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{40}
+	return file_holdfast_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *GetPagesResponse) GetPages() []byte {
@@ -2513,7 +4206,7 @@ type ListRelationsRequest struct {
 
 func (x *ListRelationsRequest) Reset() {
 	*x = ListRelationsRequest{}
-	mi := &file_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +4218,7 @@ func (x *ListRelationsRequest) String() string {
 func (*ListRelationsRequest) ProtoMessage() {}
 
 func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +4231,7 @@ func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRelationsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{41}
+	return file_holdfast_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ListRelationsRequest) GetAt() *ReadPoint {
@@ -2572,7 +4265,7 @@ type ListRelationsResponse struct {
 
 func (x *ListRelationsResponse) Reset() {
 	*x = ListRelationsResponse{}
-	mi := &file_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +4277,7 @@ func (x *ListRelationsResponse) String() string {
 func (*ListRelationsResponse) ProtoMessage() {}
 
 func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +4290,7 @@ func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRelationsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{42}
+	return file_holdfast_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListRelationsResponse) GetRelations() []*RelationSize {
@@ -2625,7 +4318,7 @@ type RelationSize struct {
 
 func (x *RelationSize) Reset() {
 	*x = RelationSize{}
-	mi := &file_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +4330,7 @@ func (x *RelationSize) String() string {
 func (*RelationSize) ProtoMessage() {}
 
 func (x *RelationSize) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,7 +4343,7 @@ func (x *RelationSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelationSize.ProtoReflect.Descriptor instead.
 func (*RelationSize) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{43}
+	return file_holdfast_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RelationSize) GetRelation() uint32 {
@@ -2684,7 +4377,7 @@ type ListSLRURequest struct {
 
 func (x *ListSLRURequest) Reset() {
 	*x = ListSLRURequest{}
-	mi := &file_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +4389,7 @@ func (x *ListSLRURequest) String() string {
 func (*ListSLRURequest) ProtoMessage() {}
 
 func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +4402,7 @@ func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRURequest.ProtoReflect.Descriptor instead.
 func (*ListSLRURequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{44}
+	return file_holdfast_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListSLRURequest) GetAt() *ReadPoint {
@@ -2736,7 +4429,7 @@ type ListSLRUResponse struct {
 
 func (x *ListSLRUResponse) Reset() {
 	*x = ListSLRUResponse{}
-	mi := &file_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +4441,7 @@ func (x *ListSLRUResponse) String() string {
 func (*ListSLRUResponse) ProtoMessage() {}
 
 func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +4454,7 @@ func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRUResponse.ProtoReflect.Descriptor instead.
 func (*ListSLRUResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{45}
+	return file_holdfast_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListSLRUResponse) GetPages() []uint32 {
@@ -2787,7 +4480,7 @@ type StartupStateRequest struct {
 
 func (x *StartupStateRequest) Reset() {
 	*x = StartupStateRequest{}
-	mi := &file_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +4492,7 @@ func (x *StartupStateRequest) String() string {
 func (*StartupStateRequest) ProtoMessage() {}
 
 func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +4505,7 @@ func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateRequest.ProtoReflect.Descriptor instead.
 func (*StartupStateRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{46}
+	return file_holdfast_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *StartupStateRequest) GetAt() *ReadPoint {
@@ -2836,7 +4529,7 @@ type StartupStateResponse struct {
 
 func (x *StartupStateResponse) Reset() {
 	*x = StartupStateResponse{}
-	mi := &file_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +4541,7 @@ func (x *StartupStateResponse) String() string {
 func (*StartupStateResponse) ProtoMessage() {}
 
 func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +4554,7 @@ func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateResponse.ProtoReflect.Descriptor instead.
 func (*StartupStateResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{47}
+	return file_holdfast_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *StartupStateResponse) GetLsn() uint64 {
@@ -2916,7 +4609,7 @@ type NamedFile struct {
 
 func (x *NamedFile) Reset() {
 	*x = NamedFile{}
-	mi := &file_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +4621,7 @@ func (x *NamedFile) String() string {
 func (*NamedFile) ProtoMessage() {}
 
 func (x *NamedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +4634,7 @@ func (x *NamedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedFile.ProtoReflect.Descriptor instead.
 func (*NamedFile) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{48}
+	return file_holdfast_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *NamedFile) GetPath() string {
@@ -2966,7 +4659,7 @@ type PageServerStatusRequest struct {
 
 func (x *PageServerStatusRequest) Reset() {
 	*x = PageServerStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +4671,7 @@ func (x *PageServerStatusRequest) String() string {
 func (*PageServerStatusRequest) ProtoMessage() {}
 
 func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +4684,7 @@ func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusRequest.ProtoReflect.Descriptor instead.
 func (*PageServerStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{49}
+	return file_holdfast_proto_rawDescGZIP(), []int{76}
 }
 
 type PageServerStatusResponse struct {
@@ -3003,7 +4696,7 @@ type PageServerStatusResponse struct {
 
 func (x *PageServerStatusResponse) Reset() {
 	*x = PageServerStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3015,7 +4708,7 @@ func (x *PageServerStatusResponse) String() string {
 func (*PageServerStatusResponse) ProtoMessage() {}
 
 func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3028,7 +4721,7 @@ func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusResponse.ProtoReflect.Descriptor instead.
 func (*PageServerStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{50}
+	return file_holdfast_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PageServerStatusResponse) GetBranches() []*PageServerBranch {
@@ -3055,7 +4748,7 @@ type PageServerBranch struct {
 
 func (x *PageServerBranch) Reset() {
 	*x = PageServerBranch{}
-	mi := &file_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +4760,7 @@ func (x *PageServerBranch) String() string {
 func (*PageServerBranch) ProtoMessage() {}
 
 func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +4773,7 @@ func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerBranch.ProtoReflect.Descriptor instead.
 func (*PageServerBranch) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{51}
+	return file_holdfast_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *PageServerBranch) GetProject() string {
@@ -3161,7 +4854,7 @@ type RedoCheck struct {
 
 func (x *RedoCheck) Reset() {
 	*x = RedoCheck{}
-	mi := &file_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3173,7 +4866,7 @@ func (x *RedoCheck) String() string {
 func (*RedoCheck) ProtoMessage() {}
 
 func (x *RedoCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3186,7 +4879,7 @@ func (x *RedoCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedoCheck.ProtoReflect.Descriptor instead.
 func (*RedoCheck) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{52}
+	return file_holdfast_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RedoCheck) GetRecord() string {
@@ -3224,6 +4917,262 @@ func (x *RedoCheck) GetFirst() string {
 	return ""
 }
 
+type ManagerRotateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	FinishOnly    bool                   `protobuf:"varint,2,opt,name=finish_only,json=finishOnly,proto3" json:"finish_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ManagerRotateRequest) Reset() {
+	*x = ManagerRotateRequest{}
+	mi := &file_holdfast_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ManagerRotateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ManagerRotateRequest) ProtoMessage() {}
+
+func (x *ManagerRotateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ManagerRotateRequest.ProtoReflect.Descriptor instead.
+func (*ManagerRotateRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *ManagerRotateRequest) GetKey() *KeyRef {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *ManagerRotateRequest) GetFinishOnly() bool {
+	if x != nil {
+		return x.FinishOnly
+	}
+	return false
+}
+
+type KeyUsesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Versions      *KeyVersionsResponse   `protobuf:"bytes,1,opt,name=versions,proto3" json:"versions,omitempty"`
+	Uses          []*KeyUse              `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"`
+	Errors        []string               `protobuf:"bytes,3,rep,name=errors,proto3" json:"errors,omitempty"`                                           // parts that did not answer: what they use is not known
+	MayBeRetired  []uint32               `protobuf:"varint,4,rep,packed,name=may_be_retired,json=mayBeRetired,proto3" json:"may_be_retired,omitempty"` // versions of the KEK that nothing uses; none while there are errors
+	Rewrapped     int64                  `protobuf:"varint,5,opt,name=rewrapped,proto3" json:"rewrapped,omitempty"`
+	BytesWritten  int64                  `protobuf:"varint,6,opt,name=bytes_written,json=bytesWritten,proto3" json:"bytes_written,omitempty"` // of documents, by re-wrapping
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyUsesResponse) Reset() {
+	*x = KeyUsesResponse{}
+	mi := &file_holdfast_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyUsesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyUsesResponse) ProtoMessage() {}
+
+func (x *KeyUsesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyUsesResponse.ProtoReflect.Descriptor instead.
+func (*KeyUsesResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *KeyUsesResponse) GetVersions() *KeyVersionsResponse {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
+}
+
+func (x *KeyUsesResponse) GetUses() []*KeyUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+func (x *KeyUsesResponse) GetErrors() []string {
+	if x != nil {
+		return x.Errors
+	}
+	return nil
+}
+
+func (x *KeyUsesResponse) GetMayBeRetired() []uint32 {
+	if x != nil {
+		return x.MayBeRetired
+	}
+	return nil
+}
+
+func (x *KeyUsesResponse) GetRewrapped() int64 {
+	if x != nil {
+		return x.Rewrapped
+	}
+	return 0
+}
+
+func (x *KeyUsesResponse) GetBytesWritten() int64 {
+	if x != nil {
+		return x.BytesWritten
+	}
+	return 0
+}
+
+type RehearseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RehearseRequest) Reset() {
+	*x = RehearseRequest{}
+	mi := &file_holdfast_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RehearseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RehearseRequest) ProtoMessage() {}
+
+func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RehearseRequest.ProtoReflect.Descriptor instead.
+func (*RehearseRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *RehearseRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *RehearseRequest) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+type RehearseEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`                    // in words
+	TookUs        int64                  `protobuf:"varint,2,opt,name=took_us,json=tookUs,proto3" json:"took_us,omitempty"` // of a measured step
+	Measure       string                 `protobuf:"bytes,3,opt,name=measure,proto3" json:"measure,omitempty"`              // name of a measured step: "revoke to connections ended", …
+	Receipt       *Receipt               `protobuf:"bytes,4,opt,name=receipt,proto3" json:"receipt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RehearseEvent) Reset() {
+	*x = RehearseEvent{}
+	mi := &file_holdfast_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RehearseEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RehearseEvent) ProtoMessage() {}
+
+func (x *RehearseEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RehearseEvent.ProtoReflect.Descriptor instead.
+func (*RehearseEvent) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *RehearseEvent) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *RehearseEvent) GetTookUs() int64 {
+	if x != nil {
+		return x.TookUs
+	}
+	return 0
+}
+
+func (x *RehearseEvent) GetMeasure() string {
+	if x != nil {
+		return x.Measure
+	}
+	return ""
+}
+
+func (x *RehearseEvent) GetReceipt() *Receipt {
+	if x != nil {
+		return x.Receipt
+	}
+	return nil
+}
+
 type CredentialsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
@@ -3234,7 +5183,7 @@ type CredentialsResponse struct {
 
 func (x *CredentialsResponse) Reset() {
 	*x = CredentialsResponse{}
-	mi := &file_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3246,7 +5195,7 @@ func (x *CredentialsResponse) String() string {
 func (*CredentialsResponse) ProtoMessage() {}
 
 func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3259,7 +5208,7 @@ func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CredentialsResponse.ProtoReflect.Descriptor instead.
 func (*CredentialsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{53}
+	return file_holdfast_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *CredentialsResponse) GetUser() string {
@@ -3284,7 +5233,7 @@ type ClusterStatusRequest struct {
 
 func (x *ClusterStatusRequest) Reset() {
 	*x = ClusterStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3296,7 +5245,7 @@ func (x *ClusterStatusRequest) String() string {
 func (*ClusterStatusRequest) ProtoMessage() {}
 
 func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3309,7 +5258,7 @@ func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{54}
+	return file_holdfast_proto_rawDescGZIP(), []int{85}
 }
 
 // A part that does not answer is left out and named in errors.
@@ -3326,7 +5275,7 @@ type ClusterStatusResponse struct {
 
 func (x *ClusterStatusResponse) Reset() {
 	*x = ClusterStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +5287,7 @@ func (x *ClusterStatusResponse) String() string {
 func (*ClusterStatusResponse) ProtoMessage() {}
 
 func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +5300,7 @@ func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{55}
+	return file_holdfast_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ClusterStatusResponse) GetEndpoints() []*Endpoint {
@@ -3399,7 +5348,7 @@ type ProjectKeyStatus struct {
 
 func (x *ProjectKeyStatus) Reset() {
 	*x = ProjectKeyStatus{}
-	mi := &file_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +5360,7 @@ func (x *ProjectKeyStatus) String() string {
 func (*ProjectKeyStatus) ProtoMessage() {}
 
 func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +5373,7 @@ func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProjectKeyStatus.ProtoReflect.Descriptor instead.
 func (*ProjectKeyStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{56}
+	return file_holdfast_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ProjectKeyStatus) GetProject() string {
@@ -3449,7 +5398,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +5410,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +5423,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{57}
+	return file_holdfast_proto_rawDescGZIP(), []int{88}
 }
 
 type ListEndpointsResponse struct {
@@ -3486,7 +5435,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3498,7 +5447,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3511,7 +5460,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{58}
+	return file_holdfast_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -3532,7 +5481,7 @@ type EndpointRequest struct {
 
 func (x *EndpointRequest) Reset() {
 	*x = EndpointRequest{}
-	mi := &file_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +5493,7 @@ func (x *EndpointRequest) String() string {
 func (*EndpointRequest) ProtoMessage() {}
 
 func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +5506,7 @@ func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointRequest.ProtoReflect.Descriptor instead.
 func (*EndpointRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{59}
+	return file_holdfast_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *EndpointRequest) GetName() string {
@@ -3590,7 +5539,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3602,7 +5551,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3615,7 +5564,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{60}
+	return file_holdfast_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *Endpoint) GetName() string {
@@ -3695,7 +5644,10 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x0fKEY_UNREACHABLE\x10\x05\x12\x16\n" +
 	"\x12UNSUPPORTED_RECORD\x10\x06\x12\v\n" +
 	"\aBAD_WAL\x10\a\x12\r\n" +
-	"\tTRUNCATED\x10\b\"p\n" +
+	"\tTRUNCATED\x10\b\":\n" +
+	"\x06KeyRef\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"p\n" +
 	"\n" +
 	"DEKContext\x12\x18\n" +
 	"\apurpose\x18\x01 \x01(\tR\apurpose\x12\x18\n" +
@@ -3707,14 +5659,25 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x03cmk\x18\x02 \x01(\tR\x03cmk\"8\n" +
 	"\x15CreateProjectResponse\x12\x1f\n" +
 	"\vkek_version\x18\x01 \x01(\rR\n" +
-	"kekVersion\"W\n" +
+	"kekVersion\"\\\n" +
+	"\x16CreateBranchKeyRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\x12\x10\n" +
+	"\x03cmk\x18\x03 \x01(\tR\x03cmk\":\n" +
+	"\x17CreateBranchKeyResponse\x12\x1f\n" +
+	"\vkek_version\x18\x01 \x01(\rR\n" +
+	"kekVersion\"\x8e\x01\n" +
 	"\fLeaseRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x19\n" +
-	"\blease_id\x18\x03 \x01(\tR\aleaseId\"A\n" +
+	"\blease_id\x18\x03 \x01(\tR\aleaseId\x12\x16\n" +
+	"\x06branch\x18\x04 \x01(\tR\x06branch\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x05 \x01(\fR\tpublicKey\"S\n" +
 	"\rLeaseResponse\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x15\n" +
-	"\x06ttl_ms\x18\x02 \x01(\x03R\x05ttlMs\"e\n" +
+	"\x06ttl_ms\x18\x02 \x01(\x03R\x05ttlMs\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\"e\n" +
 	"\x13GenerateDEKsRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x123\n" +
 	"\bcontexts\x18\x02 \x03(\v2\x17.holdfast.v1.DEKContextR\bcontexts\"<\n" +
@@ -3733,16 +5696,133 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x12UnwrapDEKsResponse\x12\x1e\n" +
 	"\n" +
 	"plaintexts\x18\x01 \x03(\fR\n" +
-	"plaintexts\",\n" +
+	"plaintexts\"O\n" +
+	"\x12RewrapDEKsResponse\x12\x18\n" +
+	"\awrapped\x18\x01 \x03(\fR\awrapped\x12\x1f\n" +
+	"\vkek_version\x18\x02 \x01(\rR\n" +
+	"kekVersion\"\"\n" +
+	"\fWatchRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\"T\n" +
+	"\tKeyNotice\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
+	"\vkek_version\x18\x03 \x01(\rR\n" +
+	"kekVersion\"\xd2\x02\n" +
+	"\vShredReport\x12\x19\n" +
+	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
+	"\x06branch\x18\x03 \x01(\tR\x06branch\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\x12\x10\n" +
+	"\x03pid\x18\x05 \x01(\x03R\x03pid\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04keys\x18\a \x01(\x03R\x04keys\x12+\n" +
+	"\x12keys_wiped_unix_us\x18\b \x01(\x03R\x0fkeysWipedUnixUs\x12(\n" +
+	"\x10shredded_unix_us\x18\t \x01(\x03R\x0eshreddedUnixUs\x12\x18\n" +
+	"\adropped\x18\n" +
+	" \x03(\tR\adropped\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\v \x01(\fR\tpublicKey\x12\x1c\n" +
+	"\tsignature\x18\f \x01(\fR\tsignature\"\x15\n" +
+	"\x13ReportShredResponse\"D\n" +
 	"\x10KeyStatusRequest\x12\x18\n" +
-	"\aproject\x18\x01 \x01(\tR\aproject\"\xab\x01\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"\x92\x03\n" +
 	"\x11KeyStatusResponse\x12\x10\n" +
 	"\x03cmk\x18\x01 \x01(\tR\x03cmk\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1f\n" +
 	"\vkek_version\x18\x03 \x01(\rR\n" +
 	"kekVersion\x12%\n" +
 	"\x0eprovider_error\x18\x04 \x01(\tR\rproviderError\x12&\n" +
-	"\x0fchecked_unix_ms\x18\x05 \x01(\x03R\rcheckedUnixMs\"_\n" +
+	"\x0fchecked_unix_ms\x18\x05 \x01(\x03R\rcheckedUnixMs\x12\x10\n" +
+	"\x03key\x18\x06 \x01(\tR\x03key\x12\"\n" +
+	"\rsince_unix_ms\x18\a \x01(\x03R\vsinceUnixMs\x12\"\n" +
+	"\runtil_unix_ms\x18\b \x01(\x03R\vuntilUnixMs\x12#\n" +
+	"\rcontrolled_by\x18\t \x01(\tR\fcontrolledBy\x12\x19\n" +
+	"\bgrace_ms\x18\n" +
+	" \x01(\x03R\agraceMs\x120\n" +
+	"\aholders\x18\v \x03(\v2\x16.holdfast.v1.KeyHolderR\aholders\x12\x19\n" +
+	"\bbound_ms\x18\f \x01(\x03R\aboundMs\"\\\n" +
+	"\tKeyHolder\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\tR\aleaseId\x12 \n" +
+	"\fends_unix_ms\x18\x03 \x01(\x03R\n" +
+	"endsUnixMs\"Q\n" +
+	"\x10RevokeKeyRequest\x12%\n" +
+	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"$\n" +
+	"\x10CheckKeysRequest\x12\x10\n" +
+	"\x03cmk\x18\x01 \x01(\tR\x03cmk\"'\n" +
+	"\x11CheckKeysResponse\x12\x12\n" +
+	"\x04keys\x18\x01 \x03(\tR\x04keys\"\x11\n" +
+	"\x0fListKeysRequest\"F\n" +
+	"\x10ListKeysResponse\x122\n" +
+	"\x04keys\x18\x01 \x03(\v2\x1e.holdfast.v1.KeyStatusResponseR\x04keys\"S\n" +
+	"\x0fSetGraceRequest\x12%\n" +
+	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x19\n" +
+	"\bgrace_ms\x18\x02 \x01(\x03R\agraceMs\"H\n" +
+	"\x14ListReceiptsResponse\x120\n" +
+	"\breceipts\x18\x01 \x03(\v2\x14.holdfast.v1.ReceiptR\breceipts\"\xa0\x02\n" +
+	"\aReceipt\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\x12\x10\n" +
+	"\x03cmk\x18\x03 \x01(\tR\x03cmk\x12\x14\n" +
+	"\x05cause\x18\x04 \x01(\tR\x05cause\x12\x16\n" +
+	"\x06detail\x18\x05 \x01(\tR\x06detail\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x06 \x01(\tR\trequestId\x12&\n" +
+	"\x0frevoked_unix_us\x18\a \x01(\x03R\rrevokedUnixUs\x123\n" +
+	"\aentries\x18\b \x03(\v2\x19.holdfast.v1.ReceiptEntryR\aentries\x12\x1a\n" +
+	"\bcomplete\x18\t \x01(\bR\bcomplete\x12\x1b\n" +
+	"\taudit_seq\x18\n" +
+	" \x01(\x04R\bauditSeq\"\xd1\x01\n" +
+	"\fReceiptEntry\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\tR\aleaseId\x12\x16\n" +
+	"\x06branch\x18\x03 \x01(\tR\x06branch\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x04 \x01(\fR\tpublicKey\x12)\n" +
+	"\x11lease_end_unix_us\x18\x05 \x01(\x03R\x0eleaseEndUnixUs\x120\n" +
+	"\x06report\x18\x06 \x01(\v2\x18.holdfast.v1.ShredReportR\x06report\"H\n" +
+	"\rRewrapRequest\x12%\n" +
+	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x10\n" +
+	"\x03cmk\x18\x02 \x01(\tR\x03cmk\"S\n" +
+	"\x10RetireKEKRequest\x12%\n" +
+	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\rR\aversion\"\xc5\x01\n" +
+	"\x13KeyVersionsResponse\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x10\n" +
+	"\x03cmk\x18\x02 \x01(\tR\x03cmk\x12\x18\n" +
+	"\acurrent\x18\x03 \x01(\rR\acurrent\x12+\n" +
+	"\x04keks\x18\x04 \x03(\v2\x17.holdfast.v1.KEKVersionR\x04keks\x12&\n" +
+	"\x0frotate_every_ms\x18\x05 \x01(\x03R\rrotateEveryMs\x12\x1b\n" +
+	"\tkms_calls\x18\x06 \x01(\x03R\bkmsCalls\"\x81\x01\n" +
+	"\n" +
+	"KEKVersion\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\rR\aversion\x12\x10\n" +
+	"\x03cmk\x18\x02 \x01(\tR\x03cmk\x12\x1f\n" +
+	"\vcmk_version\x18\x03 \x01(\tR\n" +
+	"cmkVersion\x12&\n" +
+	"\x0fcreated_unix_ms\x18\x04 \x01(\x03R\rcreatedUnixMs\"A\n" +
+	"\rKeyUseRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"9\n" +
+	"\x0eKeyUseResponse\x12'\n" +
+	"\x04uses\x18\x01 \x03(\v2\x13.holdfast.v1.KeyUseR\x04uses\"\x83\x01\n" +
+	"\x06KeyUse\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\x12\x12\n" +
+	"\x04what\x18\x03 \x01(\tR\x04what\x12\x1f\n" +
+	"\vkek_version\x18\x04 \x01(\rR\n" +
+	"kekVersion\x12\x12\n" +
+	"\x04deks\x18\x05 \x01(\x03R\x04deks\"G\n" +
+	"\x13RewrapBranchRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"z\n" +
+	"\x14RewrapBranchResponse\x12\x1c\n" +
+	"\trewrapped\x18\x01 \x01(\x03R\trewrapped\x12#\n" +
+	"\rbytes_written\x18\x02 \x01(\x03R\fbytesWritten\x12\x1f\n" +
+	"\vkek_version\x18\x03 \x01(\rR\n" +
+	"kekVersion\"_\n" +
 	"\fHelloRequest\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\x04R\x05group\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\x04R\x06nodeId\x12 \n" +
@@ -3918,7 +5998,26 @@ const file_holdfast_proto_rawDesc = "" +
 	"mismatches\x18\x03 \x01(\x04R\n" +
 	"mismatches\x12\x16\n" +
 	"\x06failed\x18\x04 \x01(\x04R\x06failed\x12\x14\n" +
-	"\x05first\x18\x05 \x01(\tR\x05first\"E\n" +
+	"\x05first\x18\x05 \x01(\tR\x05first\"^\n" +
+	"\x14ManagerRotateRequest\x12%\n" +
+	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x1f\n" +
+	"\vfinish_only\x18\x02 \x01(\bR\n" +
+	"finishOnly\"\xf9\x01\n" +
+	"\x0fKeyUsesResponse\x12<\n" +
+	"\bversions\x18\x01 \x01(\v2 .holdfast.v1.KeyVersionsResponseR\bversions\x12'\n" +
+	"\x04uses\x18\x02 \x03(\v2\x13.holdfast.v1.KeyUseR\x04uses\x12\x16\n" +
+	"\x06errors\x18\x03 \x03(\tR\x06errors\x12$\n" +
+	"\x0emay_be_retired\x18\x04 \x03(\rR\fmayBeRetired\x12\x1c\n" +
+	"\trewrapped\x18\x05 \x01(\x03R\trewrapped\x12#\n" +
+	"\rbytes_written\x18\x06 \x01(\x03R\fbytesWritten\"=\n" +
+	"\x0fRehearseRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x10\n" +
+	"\x03cmk\x18\x02 \x01(\tR\x03cmk\"\x86\x01\n" +
+	"\rRehearseEvent\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x17\n" +
+	"\atook_us\x18\x02 \x01(\x03R\x06tookUs\x12\x18\n" +
+	"\ameasure\x18\x03 \x01(\tR\ameasure\x12.\n" +
+	"\areceipt\x18\x04 \x01(\v2\x14.holdfast.v1.ReceiptR\areceipt\"E\n" +
 	"\x13CredentialsResponse\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1a\n" +
 	"\bpassword\x18\x02 \x01(\tR\bpassword\"\x16\n" +
@@ -3948,15 +6047,31 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x03url\x18\x05 \x01(\tR\x03url\x12\x14\n" +
 	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x10\n" +
 	"\x03pid\x18\a \x01(\x03R\x03pid\x12\x14\n" +
-	"\x05error\x18\b \x01(\tR\x05error2\x94\x03\n" +
+	"\x05error\x18\b \x01(\tR\x05error2\xca\x05\n" +
 	"\n" +
 	"KeyManager\x12V\n" +
-	"\rCreateProject\x12!.holdfast.v1.CreateProjectRequest\x1a\".holdfast.v1.CreateProjectResponse\x12>\n" +
+	"\rCreateProject\x12!.holdfast.v1.CreateProjectRequest\x1a\".holdfast.v1.CreateProjectResponse\x12\\\n" +
+	"\x0fCreateBranchKey\x12#.holdfast.v1.CreateBranchKeyRequest\x1a$.holdfast.v1.CreateBranchKeyResponse\x12>\n" +
 	"\x05Lease\x12\x19.holdfast.v1.LeaseRequest\x1a\x1a.holdfast.v1.LeaseResponse\x12S\n" +
 	"\fGenerateDEKs\x12 .holdfast.v1.GenerateDEKsRequest\x1a!.holdfast.v1.GenerateDEKsResponse\x12M\n" +
 	"\n" +
-	"UnwrapDEKs\x12\x1e.holdfast.v1.UnwrapDEKsRequest\x1a\x1f.holdfast.v1.UnwrapDEKsResponse\x12J\n" +
-	"\tKeyStatus\x12\x1d.holdfast.v1.KeyStatusRequest\x1a\x1e.holdfast.v1.KeyStatusResponse2\xde\x04\n" +
+	"UnwrapDEKs\x12\x1e.holdfast.v1.UnwrapDEKsRequest\x1a\x1f.holdfast.v1.UnwrapDEKsResponse\x12M\n" +
+	"\n" +
+	"RewrapDEKs\x12\x1e.holdfast.v1.UnwrapDEKsRequest\x1a\x1f.holdfast.v1.RewrapDEKsResponse\x12<\n" +
+	"\x05Watch\x12\x19.holdfast.v1.WatchRequest\x1a\x16.holdfast.v1.KeyNotice0\x01\x12I\n" +
+	"\vReportShred\x12\x18.holdfast.v1.ShredReport\x1a .holdfast.v1.ReportShredResponse\x12J\n" +
+	"\tKeyStatus\x12\x1d.holdfast.v1.KeyStatusRequest\x1a\x1e.holdfast.v1.KeyStatusResponse2\xdf\x05\n" +
+	"\bKeyAdmin\x12J\n" +
+	"\tRevokeKey\x12\x1d.holdfast.v1.RevokeKeyRequest\x1a\x1e.holdfast.v1.KeyStatusResponse\x12@\n" +
+	"\tResumeKey\x12\x13.holdfast.v1.KeyRef\x1a\x1e.holdfast.v1.KeyStatusResponse\x12J\n" +
+	"\tCheckKeys\x12\x1d.holdfast.v1.CheckKeysRequest\x1a\x1e.holdfast.v1.CheckKeysResponse\x12G\n" +
+	"\bListKeys\x12\x1c.holdfast.v1.ListKeysRequest\x1a\x1d.holdfast.v1.ListKeysResponse\x12F\n" +
+	"\fListReceipts\x12\x13.holdfast.v1.KeyRef\x1a!.holdfast.v1.ListReceiptsResponse\x12H\n" +
+	"\bSetGrace\x12\x1c.holdfast.v1.SetGraceRequest\x1a\x1e.holdfast.v1.KeyStatusResponse\x12F\n" +
+	"\x06Rewrap\x12\x1a.holdfast.v1.RewrapRequest\x1a .holdfast.v1.KeyVersionsResponse\x12B\n" +
+	"\tRotateKEK\x12\x13.holdfast.v1.KeyRef\x1a .holdfast.v1.KeyVersionsResponse\x12L\n" +
+	"\tRetireKEK\x12\x1d.holdfast.v1.RetireKEKRequest\x1a .holdfast.v1.KeyVersionsResponse\x12D\n" +
+	"\vKeyVersions\x12\x13.holdfast.v1.KeyRef\x1a .holdfast.v1.KeyVersionsResponse2\xf6\x05\n" +
 	"\n" +
 	"Safekeeper\x12S\n" +
 	"\fCreateBranch\x12 .holdfast.v1.CreateBranchRequest\x1a!.holdfast.v1.CreateBranchResponse\x12J\n" +
@@ -3966,7 +6081,9 @@ const file_holdfast_proto_rawDesc = "" +
 	"\rReportDurable\x12!.holdfast.v1.ReportDurableRequest\x1a\".holdfast.v1.ReportDurableResponse\x12U\n" +
 	"\x06Status\x12$.holdfast.v1.SafekeeperStatusRequest\x1a%.holdfast.v1.SafekeeperStatusResponse\x12:\n" +
 	"\x04Raft\x12\x18.holdfast.v1.RaftMessage\x1a\x14.holdfast.v1.RaftAck(\x010\x01\x12>\n" +
-	"\x05Hello\x12\x19.holdfast.v1.HelloRequest\x1a\x1a.holdfast.v1.HelloResponse2\xaa\x04\n" +
+	"\x05Hello\x12\x19.holdfast.v1.HelloRequest\x1a\x1a.holdfast.v1.HelloResponse\x12A\n" +
+	"\x06KeyUse\x12\x1a.holdfast.v1.KeyUseRequest\x1a\x1b.holdfast.v1.KeyUseResponse\x12S\n" +
+	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse2\xc2\x05\n" +
 	"\n" +
 	"PageServer\x12C\n" +
 	"\x06Import\x12\x1a.holdfast.v1.ImportRequest\x1a\x1b.holdfast.v1.ImportResponse(\x01\x12A\n" +
@@ -3975,14 +6092,19 @@ const file_holdfast_proto_rawDesc = "" +
 	"\rListRelations\x12!.holdfast.v1.ListRelationsRequest\x1a\".holdfast.v1.ListRelationsResponse\x12G\n" +
 	"\bListSLRU\x12\x1c.holdfast.v1.ListSLRURequest\x1a\x1d.holdfast.v1.ListSLRUResponse\x12S\n" +
 	"\fStartupState\x12 .holdfast.v1.StartupStateRequest\x1a!.holdfast.v1.StartupStateResponse\x12U\n" +
-	"\x06Status\x12$.holdfast.v1.PageServerStatusRequest\x1a%.holdfast.v1.PageServerStatusResponse2\xd8\x03\n" +
+	"\x06Status\x12$.holdfast.v1.PageServerStatusRequest\x1a%.holdfast.v1.PageServerStatusResponse\x12A\n" +
+	"\x06KeyUse\x12\x1a.holdfast.v1.KeyUseRequest\x1a\x1b.holdfast.v1.KeyUseResponse\x12S\n" +
+	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse2\xac\x05\n" +
 	"\aManager\x12V\n" +
 	"\rListEndpoints\x12!.holdfast.v1.ListEndpointsRequest\x1a\".holdfast.v1.ListEndpointsResponse\x12D\n" +
 	"\rStartEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12C\n" +
 	"\fStopEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12C\n" +
 	"\fKillEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12M\n" +
 	"\vCredentials\x12\x1c.holdfast.v1.EndpointRequest\x1a .holdfast.v1.CredentialsResponse\x12V\n" +
-	"\rClusterStatus\x12!.holdfast.v1.ClusterStatusRequest\x1a\".holdfast.v1.ClusterStatusResponseB0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
+	"\rClusterStatus\x12!.holdfast.v1.ClusterStatusRequest\x1a\".holdfast.v1.ClusterStatusResponse\x12<\n" +
+	"\aKeyUses\x12\x13.holdfast.v1.KeyRef\x1a\x1c.holdfast.v1.KeyUsesResponse\x12L\n" +
+	"\tRotateKEK\x12!.holdfast.v1.ManagerRotateRequest\x1a\x1c.holdfast.v1.KeyUsesResponse\x12F\n" +
+	"\bRehearse\x12\x1c.holdfast.v1.RehearseRequest\x1a\x1a.holdfast.v1.RehearseEvent0\x01B0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
 
 var (
 	file_holdfast_proto_rawDescOnce sync.Once
@@ -3997,152 +6119,240 @@ func file_holdfast_proto_rawDescGZIP() []byte {
 }
 
 var file_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
 var file_holdfast_proto_goTypes = []any{
 	(ErrorDetail_Reason)(0),          // 0: holdfast.v1.ErrorDetail.Reason
 	(*ErrorDetail)(nil),              // 1: holdfast.v1.ErrorDetail
-	(*DEKContext)(nil),               // 2: holdfast.v1.DEKContext
-	(*CreateProjectRequest)(nil),     // 3: holdfast.v1.CreateProjectRequest
-	(*CreateProjectResponse)(nil),    // 4: holdfast.v1.CreateProjectResponse
-	(*LeaseRequest)(nil),             // 5: holdfast.v1.LeaseRequest
-	(*LeaseResponse)(nil),            // 6: holdfast.v1.LeaseResponse
-	(*GenerateDEKsRequest)(nil),      // 7: holdfast.v1.GenerateDEKsRequest
-	(*GenerateDEKsResponse)(nil),     // 8: holdfast.v1.GenerateDEKsResponse
-	(*DEK)(nil),                      // 9: holdfast.v1.DEK
-	(*WrappedDEK)(nil),               // 10: holdfast.v1.WrappedDEK
-	(*UnwrapDEKsRequest)(nil),        // 11: holdfast.v1.UnwrapDEKsRequest
-	(*UnwrapDEKsResponse)(nil),       // 12: holdfast.v1.UnwrapDEKsResponse
-	(*KeyStatusRequest)(nil),         // 13: holdfast.v1.KeyStatusRequest
-	(*KeyStatusResponse)(nil),        // 14: holdfast.v1.KeyStatusResponse
-	(*HelloRequest)(nil),             // 15: holdfast.v1.HelloRequest
-	(*HelloResponse)(nil),            // 16: holdfast.v1.HelloResponse
-	(*CreateBranchRequest)(nil),      // 17: holdfast.v1.CreateBranchRequest
-	(*CreateBranchResponse)(nil),     // 18: holdfast.v1.CreateBranchResponse
-	(*OpenEpochRequest)(nil),         // 19: holdfast.v1.OpenEpochRequest
-	(*OpenEpochResponse)(nil),        // 20: holdfast.v1.OpenEpochResponse
-	(*AppendRequest)(nil),            // 21: holdfast.v1.AppendRequest
-	(*AppendResponse)(nil),           // 22: holdfast.v1.AppendResponse
-	(*ReadRequest)(nil),              // 23: holdfast.v1.ReadRequest
-	(*ReadResponse)(nil),             // 24: holdfast.v1.ReadResponse
-	(*SealedWAL)(nil),                // 25: holdfast.v1.SealedWAL
-	(*ReportDurableRequest)(nil),     // 26: holdfast.v1.ReportDurableRequest
-	(*ReportDurableResponse)(nil),    // 27: holdfast.v1.ReportDurableResponse
-	(*SafekeeperStatusRequest)(nil),  // 28: holdfast.v1.SafekeeperStatusRequest
-	(*SafekeeperStatusResponse)(nil), // 29: holdfast.v1.SafekeeperStatusResponse
-	(*GroupStatus)(nil),              // 30: holdfast.v1.GroupStatus
-	(*BranchStatus)(nil),             // 31: holdfast.v1.BranchStatus
-	(*RaftMessage)(nil),              // 32: holdfast.v1.RaftMessage
-	(*RaftAck)(nil),                  // 33: holdfast.v1.RaftAck
-	(*ImportRequest)(nil),            // 34: holdfast.v1.ImportRequest
-	(*ImportResponse)(nil),           // 35: holdfast.v1.ImportResponse
-	(*AttachRequest)(nil),            // 36: holdfast.v1.AttachRequest
-	(*AttachResponse)(nil),           // 37: holdfast.v1.AttachResponse
-	(*ReadPoint)(nil),                // 38: holdfast.v1.ReadPoint
-	(*RelFork)(nil),                  // 39: holdfast.v1.RelFork
-	(*GetPagesRequest)(nil),          // 40: holdfast.v1.GetPagesRequest
-	(*GetPagesResponse)(nil),         // 41: holdfast.v1.GetPagesResponse
-	(*ListRelationsRequest)(nil),     // 42: holdfast.v1.ListRelationsRequest
-	(*ListRelationsResponse)(nil),    // 43: holdfast.v1.ListRelationsResponse
-	(*RelationSize)(nil),             // 44: holdfast.v1.RelationSize
-	(*ListSLRURequest)(nil),          // 45: holdfast.v1.ListSLRURequest
-	(*ListSLRUResponse)(nil),         // 46: holdfast.v1.ListSLRUResponse
-	(*StartupStateRequest)(nil),      // 47: holdfast.v1.StartupStateRequest
-	(*StartupStateResponse)(nil),     // 48: holdfast.v1.StartupStateResponse
-	(*NamedFile)(nil),                // 49: holdfast.v1.NamedFile
-	(*PageServerStatusRequest)(nil),  // 50: holdfast.v1.PageServerStatusRequest
-	(*PageServerStatusResponse)(nil), // 51: holdfast.v1.PageServerStatusResponse
-	(*PageServerBranch)(nil),         // 52: holdfast.v1.PageServerBranch
-	(*RedoCheck)(nil),                // 53: holdfast.v1.RedoCheck
-	(*CredentialsResponse)(nil),      // 54: holdfast.v1.CredentialsResponse
-	(*ClusterStatusRequest)(nil),     // 55: holdfast.v1.ClusterStatusRequest
-	(*ClusterStatusResponse)(nil),    // 56: holdfast.v1.ClusterStatusResponse
-	(*ProjectKeyStatus)(nil),         // 57: holdfast.v1.ProjectKeyStatus
-	(*ListEndpointsRequest)(nil),     // 58: holdfast.v1.ListEndpointsRequest
-	(*ListEndpointsResponse)(nil),    // 59: holdfast.v1.ListEndpointsResponse
-	(*EndpointRequest)(nil),          // 60: holdfast.v1.EndpointRequest
-	(*Endpoint)(nil),                 // 61: holdfast.v1.Endpoint
+	(*KeyRef)(nil),                   // 2: holdfast.v1.KeyRef
+	(*DEKContext)(nil),               // 3: holdfast.v1.DEKContext
+	(*CreateProjectRequest)(nil),     // 4: holdfast.v1.CreateProjectRequest
+	(*CreateProjectResponse)(nil),    // 5: holdfast.v1.CreateProjectResponse
+	(*CreateBranchKeyRequest)(nil),   // 6: holdfast.v1.CreateBranchKeyRequest
+	(*CreateBranchKeyResponse)(nil),  // 7: holdfast.v1.CreateBranchKeyResponse
+	(*LeaseRequest)(nil),             // 8: holdfast.v1.LeaseRequest
+	(*LeaseResponse)(nil),            // 9: holdfast.v1.LeaseResponse
+	(*GenerateDEKsRequest)(nil),      // 10: holdfast.v1.GenerateDEKsRequest
+	(*GenerateDEKsResponse)(nil),     // 11: holdfast.v1.GenerateDEKsResponse
+	(*DEK)(nil),                      // 12: holdfast.v1.DEK
+	(*WrappedDEK)(nil),               // 13: holdfast.v1.WrappedDEK
+	(*UnwrapDEKsRequest)(nil),        // 14: holdfast.v1.UnwrapDEKsRequest
+	(*UnwrapDEKsResponse)(nil),       // 15: holdfast.v1.UnwrapDEKsResponse
+	(*RewrapDEKsResponse)(nil),       // 16: holdfast.v1.RewrapDEKsResponse
+	(*WatchRequest)(nil),             // 17: holdfast.v1.WatchRequest
+	(*KeyNotice)(nil),                // 18: holdfast.v1.KeyNotice
+	(*ShredReport)(nil),              // 19: holdfast.v1.ShredReport
+	(*ReportShredResponse)(nil),      // 20: holdfast.v1.ReportShredResponse
+	(*KeyStatusRequest)(nil),         // 21: holdfast.v1.KeyStatusRequest
+	(*KeyStatusResponse)(nil),        // 22: holdfast.v1.KeyStatusResponse
+	(*KeyHolder)(nil),                // 23: holdfast.v1.KeyHolder
+	(*RevokeKeyRequest)(nil),         // 24: holdfast.v1.RevokeKeyRequest
+	(*CheckKeysRequest)(nil),         // 25: holdfast.v1.CheckKeysRequest
+	(*CheckKeysResponse)(nil),        // 26: holdfast.v1.CheckKeysResponse
+	(*ListKeysRequest)(nil),          // 27: holdfast.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),         // 28: holdfast.v1.ListKeysResponse
+	(*SetGraceRequest)(nil),          // 29: holdfast.v1.SetGraceRequest
+	(*ListReceiptsResponse)(nil),     // 30: holdfast.v1.ListReceiptsResponse
+	(*Receipt)(nil),                  // 31: holdfast.v1.Receipt
+	(*ReceiptEntry)(nil),             // 32: holdfast.v1.ReceiptEntry
+	(*RewrapRequest)(nil),            // 33: holdfast.v1.RewrapRequest
+	(*RetireKEKRequest)(nil),         // 34: holdfast.v1.RetireKEKRequest
+	(*KeyVersionsResponse)(nil),      // 35: holdfast.v1.KeyVersionsResponse
+	(*KEKVersion)(nil),               // 36: holdfast.v1.KEKVersion
+	(*KeyUseRequest)(nil),            // 37: holdfast.v1.KeyUseRequest
+	(*KeyUseResponse)(nil),           // 38: holdfast.v1.KeyUseResponse
+	(*KeyUse)(nil),                   // 39: holdfast.v1.KeyUse
+	(*RewrapBranchRequest)(nil),      // 40: holdfast.v1.RewrapBranchRequest
+	(*RewrapBranchResponse)(nil),     // 41: holdfast.v1.RewrapBranchResponse
+	(*HelloRequest)(nil),             // 42: holdfast.v1.HelloRequest
+	(*HelloResponse)(nil),            // 43: holdfast.v1.HelloResponse
+	(*CreateBranchRequest)(nil),      // 44: holdfast.v1.CreateBranchRequest
+	(*CreateBranchResponse)(nil),     // 45: holdfast.v1.CreateBranchResponse
+	(*OpenEpochRequest)(nil),         // 46: holdfast.v1.OpenEpochRequest
+	(*OpenEpochResponse)(nil),        // 47: holdfast.v1.OpenEpochResponse
+	(*AppendRequest)(nil),            // 48: holdfast.v1.AppendRequest
+	(*AppendResponse)(nil),           // 49: holdfast.v1.AppendResponse
+	(*ReadRequest)(nil),              // 50: holdfast.v1.ReadRequest
+	(*ReadResponse)(nil),             // 51: holdfast.v1.ReadResponse
+	(*SealedWAL)(nil),                // 52: holdfast.v1.SealedWAL
+	(*ReportDurableRequest)(nil),     // 53: holdfast.v1.ReportDurableRequest
+	(*ReportDurableResponse)(nil),    // 54: holdfast.v1.ReportDurableResponse
+	(*SafekeeperStatusRequest)(nil),  // 55: holdfast.v1.SafekeeperStatusRequest
+	(*SafekeeperStatusResponse)(nil), // 56: holdfast.v1.SafekeeperStatusResponse
+	(*GroupStatus)(nil),              // 57: holdfast.v1.GroupStatus
+	(*BranchStatus)(nil),             // 58: holdfast.v1.BranchStatus
+	(*RaftMessage)(nil),              // 59: holdfast.v1.RaftMessage
+	(*RaftAck)(nil),                  // 60: holdfast.v1.RaftAck
+	(*ImportRequest)(nil),            // 61: holdfast.v1.ImportRequest
+	(*ImportResponse)(nil),           // 62: holdfast.v1.ImportResponse
+	(*AttachRequest)(nil),            // 63: holdfast.v1.AttachRequest
+	(*AttachResponse)(nil),           // 64: holdfast.v1.AttachResponse
+	(*ReadPoint)(nil),                // 65: holdfast.v1.ReadPoint
+	(*RelFork)(nil),                  // 66: holdfast.v1.RelFork
+	(*GetPagesRequest)(nil),          // 67: holdfast.v1.GetPagesRequest
+	(*GetPagesResponse)(nil),         // 68: holdfast.v1.GetPagesResponse
+	(*ListRelationsRequest)(nil),     // 69: holdfast.v1.ListRelationsRequest
+	(*ListRelationsResponse)(nil),    // 70: holdfast.v1.ListRelationsResponse
+	(*RelationSize)(nil),             // 71: holdfast.v1.RelationSize
+	(*ListSLRURequest)(nil),          // 72: holdfast.v1.ListSLRURequest
+	(*ListSLRUResponse)(nil),         // 73: holdfast.v1.ListSLRUResponse
+	(*StartupStateRequest)(nil),      // 74: holdfast.v1.StartupStateRequest
+	(*StartupStateResponse)(nil),     // 75: holdfast.v1.StartupStateResponse
+	(*NamedFile)(nil),                // 76: holdfast.v1.NamedFile
+	(*PageServerStatusRequest)(nil),  // 77: holdfast.v1.PageServerStatusRequest
+	(*PageServerStatusResponse)(nil), // 78: holdfast.v1.PageServerStatusResponse
+	(*PageServerBranch)(nil),         // 79: holdfast.v1.PageServerBranch
+	(*RedoCheck)(nil),                // 80: holdfast.v1.RedoCheck
+	(*ManagerRotateRequest)(nil),     // 81: holdfast.v1.ManagerRotateRequest
+	(*KeyUsesResponse)(nil),          // 82: holdfast.v1.KeyUsesResponse
+	(*RehearseRequest)(nil),          // 83: holdfast.v1.RehearseRequest
+	(*RehearseEvent)(nil),            // 84: holdfast.v1.RehearseEvent
+	(*CredentialsResponse)(nil),      // 85: holdfast.v1.CredentialsResponse
+	(*ClusterStatusRequest)(nil),     // 86: holdfast.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil),    // 87: holdfast.v1.ClusterStatusResponse
+	(*ProjectKeyStatus)(nil),         // 88: holdfast.v1.ProjectKeyStatus
+	(*ListEndpointsRequest)(nil),     // 89: holdfast.v1.ListEndpointsRequest
+	(*ListEndpointsResponse)(nil),    // 90: holdfast.v1.ListEndpointsResponse
+	(*EndpointRequest)(nil),          // 91: holdfast.v1.EndpointRequest
+	(*Endpoint)(nil),                 // 92: holdfast.v1.Endpoint
 }
 var file_holdfast_proto_depIdxs = []int32{
 	0,  // 0: holdfast.v1.ErrorDetail.reason:type_name -> holdfast.v1.ErrorDetail.Reason
-	2,  // 1: holdfast.v1.GenerateDEKsRequest.contexts:type_name -> holdfast.v1.DEKContext
-	9,  // 2: holdfast.v1.GenerateDEKsResponse.deks:type_name -> holdfast.v1.DEK
-	2,  // 3: holdfast.v1.WrappedDEK.context:type_name -> holdfast.v1.DEKContext
-	10, // 4: holdfast.v1.UnwrapDEKsRequest.deks:type_name -> holdfast.v1.WrappedDEK
-	25, // 5: holdfast.v1.ReadResponse.chunks:type_name -> holdfast.v1.SealedWAL
-	30, // 6: holdfast.v1.SafekeeperStatusResponse.groups:type_name -> holdfast.v1.GroupStatus
-	31, // 7: holdfast.v1.SafekeeperStatusResponse.branches:type_name -> holdfast.v1.BranchStatus
-	38, // 8: holdfast.v1.GetPagesRequest.at:type_name -> holdfast.v1.ReadPoint
-	39, // 9: holdfast.v1.GetPagesRequest.rel:type_name -> holdfast.v1.RelFork
-	38, // 10: holdfast.v1.ListRelationsRequest.at:type_name -> holdfast.v1.ReadPoint
-	44, // 11: holdfast.v1.ListRelationsResponse.relations:type_name -> holdfast.v1.RelationSize
-	38, // 12: holdfast.v1.ListSLRURequest.at:type_name -> holdfast.v1.ReadPoint
-	38, // 13: holdfast.v1.StartupStateRequest.at:type_name -> holdfast.v1.ReadPoint
-	49, // 14: holdfast.v1.StartupStateResponse.files:type_name -> holdfast.v1.NamedFile
-	52, // 15: holdfast.v1.PageServerStatusResponse.branches:type_name -> holdfast.v1.PageServerBranch
-	53, // 16: holdfast.v1.PageServerBranch.redo_checks:type_name -> holdfast.v1.RedoCheck
-	61, // 17: holdfast.v1.ClusterStatusResponse.endpoints:type_name -> holdfast.v1.Endpoint
-	29, // 18: holdfast.v1.ClusterStatusResponse.safekeepers:type_name -> holdfast.v1.SafekeeperStatusResponse
-	51, // 19: holdfast.v1.ClusterStatusResponse.pageserver:type_name -> holdfast.v1.PageServerStatusResponse
-	57, // 20: holdfast.v1.ClusterStatusResponse.keys:type_name -> holdfast.v1.ProjectKeyStatus
-	14, // 21: holdfast.v1.ProjectKeyStatus.status:type_name -> holdfast.v1.KeyStatusResponse
-	61, // 22: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
-	3,  // 23: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
-	5,  // 24: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
-	7,  // 25: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
-	11, // 26: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
-	13, // 27: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
-	17, // 28: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
-	19, // 29: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
-	21, // 30: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
-	23, // 31: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
-	26, // 32: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
-	28, // 33: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
-	32, // 34: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
-	15, // 35: holdfast.v1.Safekeeper.Hello:input_type -> holdfast.v1.HelloRequest
-	34, // 36: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
-	36, // 37: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
-	40, // 38: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
-	42, // 39: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
-	45, // 40: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
-	47, // 41: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
-	50, // 42: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
-	58, // 43: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
-	60, // 44: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
-	60, // 45: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
-	60, // 46: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
-	60, // 47: holdfast.v1.Manager.Credentials:input_type -> holdfast.v1.EndpointRequest
-	55, // 48: holdfast.v1.Manager.ClusterStatus:input_type -> holdfast.v1.ClusterStatusRequest
-	4,  // 49: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
-	6,  // 50: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
-	8,  // 51: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
-	12, // 52: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
-	14, // 53: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
-	18, // 54: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
-	20, // 55: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
-	22, // 56: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
-	24, // 57: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
-	27, // 58: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
-	29, // 59: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
-	33, // 60: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
-	16, // 61: holdfast.v1.Safekeeper.Hello:output_type -> holdfast.v1.HelloResponse
-	35, // 62: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
-	37, // 63: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
-	41, // 64: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
-	43, // 65: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
-	46, // 66: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
-	48, // 67: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
-	51, // 68: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
-	59, // 69: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
-	61, // 70: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
-	61, // 71: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
-	61, // 72: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
-	54, // 73: holdfast.v1.Manager.Credentials:output_type -> holdfast.v1.CredentialsResponse
-	56, // 74: holdfast.v1.Manager.ClusterStatus:output_type -> holdfast.v1.ClusterStatusResponse
-	49, // [49:75] is the sub-list for method output_type
-	23, // [23:49] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	3,  // 1: holdfast.v1.GenerateDEKsRequest.contexts:type_name -> holdfast.v1.DEKContext
+	12, // 2: holdfast.v1.GenerateDEKsResponse.deks:type_name -> holdfast.v1.DEK
+	3,  // 3: holdfast.v1.WrappedDEK.context:type_name -> holdfast.v1.DEKContext
+	13, // 4: holdfast.v1.UnwrapDEKsRequest.deks:type_name -> holdfast.v1.WrappedDEK
+	23, // 5: holdfast.v1.KeyStatusResponse.holders:type_name -> holdfast.v1.KeyHolder
+	2,  // 6: holdfast.v1.RevokeKeyRequest.key:type_name -> holdfast.v1.KeyRef
+	22, // 7: holdfast.v1.ListKeysResponse.keys:type_name -> holdfast.v1.KeyStatusResponse
+	2,  // 8: holdfast.v1.SetGraceRequest.key:type_name -> holdfast.v1.KeyRef
+	31, // 9: holdfast.v1.ListReceiptsResponse.receipts:type_name -> holdfast.v1.Receipt
+	32, // 10: holdfast.v1.Receipt.entries:type_name -> holdfast.v1.ReceiptEntry
+	19, // 11: holdfast.v1.ReceiptEntry.report:type_name -> holdfast.v1.ShredReport
+	2,  // 12: holdfast.v1.RewrapRequest.key:type_name -> holdfast.v1.KeyRef
+	2,  // 13: holdfast.v1.RetireKEKRequest.key:type_name -> holdfast.v1.KeyRef
+	36, // 14: holdfast.v1.KeyVersionsResponse.keks:type_name -> holdfast.v1.KEKVersion
+	39, // 15: holdfast.v1.KeyUseResponse.uses:type_name -> holdfast.v1.KeyUse
+	52, // 16: holdfast.v1.ReadResponse.chunks:type_name -> holdfast.v1.SealedWAL
+	57, // 17: holdfast.v1.SafekeeperStatusResponse.groups:type_name -> holdfast.v1.GroupStatus
+	58, // 18: holdfast.v1.SafekeeperStatusResponse.branches:type_name -> holdfast.v1.BranchStatus
+	65, // 19: holdfast.v1.GetPagesRequest.at:type_name -> holdfast.v1.ReadPoint
+	66, // 20: holdfast.v1.GetPagesRequest.rel:type_name -> holdfast.v1.RelFork
+	65, // 21: holdfast.v1.ListRelationsRequest.at:type_name -> holdfast.v1.ReadPoint
+	71, // 22: holdfast.v1.ListRelationsResponse.relations:type_name -> holdfast.v1.RelationSize
+	65, // 23: holdfast.v1.ListSLRURequest.at:type_name -> holdfast.v1.ReadPoint
+	65, // 24: holdfast.v1.StartupStateRequest.at:type_name -> holdfast.v1.ReadPoint
+	76, // 25: holdfast.v1.StartupStateResponse.files:type_name -> holdfast.v1.NamedFile
+	79, // 26: holdfast.v1.PageServerStatusResponse.branches:type_name -> holdfast.v1.PageServerBranch
+	80, // 27: holdfast.v1.PageServerBranch.redo_checks:type_name -> holdfast.v1.RedoCheck
+	2,  // 28: holdfast.v1.ManagerRotateRequest.key:type_name -> holdfast.v1.KeyRef
+	35, // 29: holdfast.v1.KeyUsesResponse.versions:type_name -> holdfast.v1.KeyVersionsResponse
+	39, // 30: holdfast.v1.KeyUsesResponse.uses:type_name -> holdfast.v1.KeyUse
+	31, // 31: holdfast.v1.RehearseEvent.receipt:type_name -> holdfast.v1.Receipt
+	92, // 32: holdfast.v1.ClusterStatusResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	56, // 33: holdfast.v1.ClusterStatusResponse.safekeepers:type_name -> holdfast.v1.SafekeeperStatusResponse
+	78, // 34: holdfast.v1.ClusterStatusResponse.pageserver:type_name -> holdfast.v1.PageServerStatusResponse
+	88, // 35: holdfast.v1.ClusterStatusResponse.keys:type_name -> holdfast.v1.ProjectKeyStatus
+	22, // 36: holdfast.v1.ProjectKeyStatus.status:type_name -> holdfast.v1.KeyStatusResponse
+	92, // 37: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	4,  // 38: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
+	6,  // 39: holdfast.v1.KeyManager.CreateBranchKey:input_type -> holdfast.v1.CreateBranchKeyRequest
+	8,  // 40: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
+	10, // 41: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
+	14, // 42: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
+	14, // 43: holdfast.v1.KeyManager.RewrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
+	17, // 44: holdfast.v1.KeyManager.Watch:input_type -> holdfast.v1.WatchRequest
+	19, // 45: holdfast.v1.KeyManager.ReportShred:input_type -> holdfast.v1.ShredReport
+	21, // 46: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
+	24, // 47: holdfast.v1.KeyAdmin.RevokeKey:input_type -> holdfast.v1.RevokeKeyRequest
+	2,  // 48: holdfast.v1.KeyAdmin.ResumeKey:input_type -> holdfast.v1.KeyRef
+	25, // 49: holdfast.v1.KeyAdmin.CheckKeys:input_type -> holdfast.v1.CheckKeysRequest
+	27, // 50: holdfast.v1.KeyAdmin.ListKeys:input_type -> holdfast.v1.ListKeysRequest
+	2,  // 51: holdfast.v1.KeyAdmin.ListReceipts:input_type -> holdfast.v1.KeyRef
+	29, // 52: holdfast.v1.KeyAdmin.SetGrace:input_type -> holdfast.v1.SetGraceRequest
+	33, // 53: holdfast.v1.KeyAdmin.Rewrap:input_type -> holdfast.v1.RewrapRequest
+	2,  // 54: holdfast.v1.KeyAdmin.RotateKEK:input_type -> holdfast.v1.KeyRef
+	34, // 55: holdfast.v1.KeyAdmin.RetireKEK:input_type -> holdfast.v1.RetireKEKRequest
+	2,  // 56: holdfast.v1.KeyAdmin.KeyVersions:input_type -> holdfast.v1.KeyRef
+	44, // 57: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
+	46, // 58: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
+	48, // 59: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
+	50, // 60: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
+	53, // 61: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
+	55, // 62: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
+	59, // 63: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
+	42, // 64: holdfast.v1.Safekeeper.Hello:input_type -> holdfast.v1.HelloRequest
+	37, // 65: holdfast.v1.Safekeeper.KeyUse:input_type -> holdfast.v1.KeyUseRequest
+	40, // 66: holdfast.v1.Safekeeper.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
+	61, // 67: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
+	63, // 68: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
+	67, // 69: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
+	69, // 70: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
+	72, // 71: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
+	74, // 72: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
+	77, // 73: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
+	37, // 74: holdfast.v1.PageServer.KeyUse:input_type -> holdfast.v1.KeyUseRequest
+	40, // 75: holdfast.v1.PageServer.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
+	89, // 76: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
+	91, // 77: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
+	91, // 78: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
+	91, // 79: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
+	91, // 80: holdfast.v1.Manager.Credentials:input_type -> holdfast.v1.EndpointRequest
+	86, // 81: holdfast.v1.Manager.ClusterStatus:input_type -> holdfast.v1.ClusterStatusRequest
+	2,  // 82: holdfast.v1.Manager.KeyUses:input_type -> holdfast.v1.KeyRef
+	81, // 83: holdfast.v1.Manager.RotateKEK:input_type -> holdfast.v1.ManagerRotateRequest
+	83, // 84: holdfast.v1.Manager.Rehearse:input_type -> holdfast.v1.RehearseRequest
+	5,  // 85: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
+	7,  // 86: holdfast.v1.KeyManager.CreateBranchKey:output_type -> holdfast.v1.CreateBranchKeyResponse
+	9,  // 87: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
+	11, // 88: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
+	15, // 89: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
+	16, // 90: holdfast.v1.KeyManager.RewrapDEKs:output_type -> holdfast.v1.RewrapDEKsResponse
+	18, // 91: holdfast.v1.KeyManager.Watch:output_type -> holdfast.v1.KeyNotice
+	20, // 92: holdfast.v1.KeyManager.ReportShred:output_type -> holdfast.v1.ReportShredResponse
+	22, // 93: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
+	22, // 94: holdfast.v1.KeyAdmin.RevokeKey:output_type -> holdfast.v1.KeyStatusResponse
+	22, // 95: holdfast.v1.KeyAdmin.ResumeKey:output_type -> holdfast.v1.KeyStatusResponse
+	26, // 96: holdfast.v1.KeyAdmin.CheckKeys:output_type -> holdfast.v1.CheckKeysResponse
+	28, // 97: holdfast.v1.KeyAdmin.ListKeys:output_type -> holdfast.v1.ListKeysResponse
+	30, // 98: holdfast.v1.KeyAdmin.ListReceipts:output_type -> holdfast.v1.ListReceiptsResponse
+	22, // 99: holdfast.v1.KeyAdmin.SetGrace:output_type -> holdfast.v1.KeyStatusResponse
+	35, // 100: holdfast.v1.KeyAdmin.Rewrap:output_type -> holdfast.v1.KeyVersionsResponse
+	35, // 101: holdfast.v1.KeyAdmin.RotateKEK:output_type -> holdfast.v1.KeyVersionsResponse
+	35, // 102: holdfast.v1.KeyAdmin.RetireKEK:output_type -> holdfast.v1.KeyVersionsResponse
+	35, // 103: holdfast.v1.KeyAdmin.KeyVersions:output_type -> holdfast.v1.KeyVersionsResponse
+	45, // 104: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
+	47, // 105: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
+	49, // 106: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
+	51, // 107: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
+	54, // 108: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
+	56, // 109: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
+	60, // 110: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
+	43, // 111: holdfast.v1.Safekeeper.Hello:output_type -> holdfast.v1.HelloResponse
+	38, // 112: holdfast.v1.Safekeeper.KeyUse:output_type -> holdfast.v1.KeyUseResponse
+	41, // 113: holdfast.v1.Safekeeper.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
+	62, // 114: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
+	64, // 115: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
+	68, // 116: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
+	70, // 117: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
+	73, // 118: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
+	75, // 119: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
+	78, // 120: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
+	38, // 121: holdfast.v1.PageServer.KeyUse:output_type -> holdfast.v1.KeyUseResponse
+	41, // 122: holdfast.v1.PageServer.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
+	90, // 123: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
+	92, // 124: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
+	92, // 125: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
+	92, // 126: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
+	85, // 127: holdfast.v1.Manager.Credentials:output_type -> holdfast.v1.CredentialsResponse
+	87, // 128: holdfast.v1.Manager.ClusterStatus:output_type -> holdfast.v1.ClusterStatusResponse
+	82, // 129: holdfast.v1.Manager.KeyUses:output_type -> holdfast.v1.KeyUsesResponse
+	82, // 130: holdfast.v1.Manager.RotateKEK:output_type -> holdfast.v1.KeyUsesResponse
+	84, // 131: holdfast.v1.Manager.Rehearse:output_type -> holdfast.v1.RehearseEvent
+	85, // [85:132] is the sub-list for method output_type
+	38, // [38:85] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_holdfast_proto_init() }
@@ -4156,9 +6366,9 @@ func file_holdfast_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_holdfast_proto_rawDesc), len(file_holdfast_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   61,
+			NumMessages:   92,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_holdfast_proto_goTypes,
 		DependencyIndexes: file_holdfast_proto_depIdxs,

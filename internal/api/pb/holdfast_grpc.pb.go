@@ -28,25 +28,42 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	KeyManager_CreateProject_FullMethodName = "/holdfast.v1.KeyManager/CreateProject"
-	KeyManager_Lease_FullMethodName         = "/holdfast.v1.KeyManager/Lease"
-	KeyManager_GenerateDEKs_FullMethodName  = "/holdfast.v1.KeyManager/GenerateDEKs"
-	KeyManager_UnwrapDEKs_FullMethodName    = "/holdfast.v1.KeyManager/UnwrapDEKs"
-	KeyManager_KeyStatus_FullMethodName     = "/holdfast.v1.KeyManager/KeyStatus"
+	KeyManager_CreateProject_FullMethodName   = "/holdfast.v1.KeyManager/CreateProject"
+	KeyManager_CreateBranchKey_FullMethodName = "/holdfast.v1.KeyManager/CreateBranchKey"
+	KeyManager_Lease_FullMethodName           = "/holdfast.v1.KeyManager/Lease"
+	KeyManager_GenerateDEKs_FullMethodName    = "/holdfast.v1.KeyManager/GenerateDEKs"
+	KeyManager_UnwrapDEKs_FullMethodName      = "/holdfast.v1.KeyManager/UnwrapDEKs"
+	KeyManager_RewrapDEKs_FullMethodName      = "/holdfast.v1.KeyManager/RewrapDEKs"
+	KeyManager_Watch_FullMethodName           = "/holdfast.v1.KeyManager/Watch"
+	KeyManager_ReportShred_FullMethodName     = "/holdfast.v1.KeyManager/ReportShred"
+	KeyManager_KeyStatus_FullMethodName       = "/holdfast.v1.KeyManager/KeyStatus"
 )
 
 // KeyManagerClient is the client API for KeyManager service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// KeyManager makes and opens DEKs for nodes that hold a lease on a project.
+// KeyManager makes and opens DEKs for nodes that hold a lease on a key.
+//
+// A key is the KEK, in all its versions, of a project or of one branch: a branch without a
+// key of its own uses its project's. Leases, checks of the CMK, revocations and receipts are each of one key.
 type KeyManagerClient interface {
 	// CreateProject makes the project's first KEK. Idempotent.
 	CreateProject(ctx context.Context, in *CreateProjectRequest, opts ...grpc.CallOption) (*CreateProjectResponse, error)
-	// Lease grants or renews a node's right to hold the project's DEKs.
+	// CreateBranchKey gives a branch, of which nothing is sealed yet, a KEK of its own. Idempotent.
+	CreateBranchKey(ctx context.Context, in *CreateBranchKeyRequest, opts ...grpc.CallOption) (*CreateBranchKeyResponse, error)
+	// Lease grants or renews a node's right to hold a branch's DEKs.
 	Lease(ctx context.Context, in *LeaseRequest, opts ...grpc.CallOption) (*LeaseResponse, error)
 	GenerateDEKs(ctx context.Context, in *GenerateDEKsRequest, opts ...grpc.CallOption) (*GenerateDEKsResponse, error)
 	UnwrapDEKs(ctx context.Context, in *UnwrapDEKsRequest, opts ...grpc.CallOption) (*UnwrapDEKsResponse, error)
+	// RewrapDEKs wraps DEKs again, under the current version of the KEK. None leaves the key manager.
+	RewrapDEKs(ctx context.Context, in *UnwrapDEKsRequest, opts ...grpc.CallOption) (*RewrapDEKsResponse, error)
+	// Watch tells a node, while the stream lives, of keys whose state may have changed. It is
+	// a hint to ask: what a node may do is told by Lease alone.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[KeyNotice], error)
+	// ReportShred tells that a node has wiped a key's DEKs and all that it held under them. It
+	// needs no live lease. Idempotent.
+	ReportShred(ctx context.Context, in *ShredReport, opts ...grpc.CallOption) (*ReportShredResponse, error)
 	KeyStatus(ctx context.Context, in *KeyStatusRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error)
 }
 
@@ -62,6 +79,16 @@ func (c *keyManagerClient) CreateProject(ctx context.Context, in *CreateProjectR
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CreateProjectResponse)
 	err := c.cc.Invoke(ctx, KeyManager_CreateProject_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyManagerClient) CreateBranchKey(ctx context.Context, in *CreateBranchKeyRequest, opts ...grpc.CallOption) (*CreateBranchKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateBranchKeyResponse)
+	err := c.cc.Invoke(ctx, KeyManager_CreateBranchKey_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -98,6 +125,45 @@ func (c *keyManagerClient) UnwrapDEKs(ctx context.Context, in *UnwrapDEKsRequest
 	return out, nil
 }
 
+func (c *keyManagerClient) RewrapDEKs(ctx context.Context, in *UnwrapDEKsRequest, opts ...grpc.CallOption) (*RewrapDEKsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RewrapDEKsResponse)
+	err := c.cc.Invoke(ctx, KeyManager_RewrapDEKs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyManagerClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[KeyNotice], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KeyManager_ServiceDesc.Streams[0], KeyManager_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, KeyNotice]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KeyManager_WatchClient = grpc.ServerStreamingClient[KeyNotice]
+
+func (c *keyManagerClient) ReportShred(ctx context.Context, in *ShredReport, opts ...grpc.CallOption) (*ReportShredResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportShredResponse)
+	err := c.cc.Invoke(ctx, KeyManager_ReportShred_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *keyManagerClient) KeyStatus(ctx context.Context, in *KeyStatusRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(KeyStatusResponse)
@@ -112,14 +178,27 @@ func (c *keyManagerClient) KeyStatus(ctx context.Context, in *KeyStatusRequest, 
 // All implementations must embed UnimplementedKeyManagerServer
 // for forward compatibility.
 //
-// KeyManager makes and opens DEKs for nodes that hold a lease on a project.
+// KeyManager makes and opens DEKs for nodes that hold a lease on a key.
+//
+// A key is the KEK, in all its versions, of a project or of one branch: a branch without a
+// key of its own uses its project's. Leases, checks of the CMK, revocations and receipts are each of one key.
 type KeyManagerServer interface {
 	// CreateProject makes the project's first KEK. Idempotent.
 	CreateProject(context.Context, *CreateProjectRequest) (*CreateProjectResponse, error)
-	// Lease grants or renews a node's right to hold the project's DEKs.
+	// CreateBranchKey gives a branch, of which nothing is sealed yet, a KEK of its own. Idempotent.
+	CreateBranchKey(context.Context, *CreateBranchKeyRequest) (*CreateBranchKeyResponse, error)
+	// Lease grants or renews a node's right to hold a branch's DEKs.
 	Lease(context.Context, *LeaseRequest) (*LeaseResponse, error)
 	GenerateDEKs(context.Context, *GenerateDEKsRequest) (*GenerateDEKsResponse, error)
 	UnwrapDEKs(context.Context, *UnwrapDEKsRequest) (*UnwrapDEKsResponse, error)
+	// RewrapDEKs wraps DEKs again, under the current version of the KEK. None leaves the key manager.
+	RewrapDEKs(context.Context, *UnwrapDEKsRequest) (*RewrapDEKsResponse, error)
+	// Watch tells a node, while the stream lives, of keys whose state may have changed. It is
+	// a hint to ask: what a node may do is told by Lease alone.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[KeyNotice]) error
+	// ReportShred tells that a node has wiped a key's DEKs and all that it held under them. It
+	// needs no live lease. Idempotent.
+	ReportShred(context.Context, *ShredReport) (*ReportShredResponse, error)
 	KeyStatus(context.Context, *KeyStatusRequest) (*KeyStatusResponse, error)
 	mustEmbedUnimplementedKeyManagerServer()
 }
@@ -134,6 +213,9 @@ type UnimplementedKeyManagerServer struct{}
 func (UnimplementedKeyManagerServer) CreateProject(context.Context, *CreateProjectRequest) (*CreateProjectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateProject not implemented")
 }
+func (UnimplementedKeyManagerServer) CreateBranchKey(context.Context, *CreateBranchKeyRequest) (*CreateBranchKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateBranchKey not implemented")
+}
 func (UnimplementedKeyManagerServer) Lease(context.Context, *LeaseRequest) (*LeaseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Lease not implemented")
 }
@@ -142,6 +224,15 @@ func (UnimplementedKeyManagerServer) GenerateDEKs(context.Context, *GenerateDEKs
 }
 func (UnimplementedKeyManagerServer) UnwrapDEKs(context.Context, *UnwrapDEKsRequest) (*UnwrapDEKsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method UnwrapDEKs not implemented")
+}
+func (UnimplementedKeyManagerServer) RewrapDEKs(context.Context, *UnwrapDEKsRequest) (*RewrapDEKsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RewrapDEKs not implemented")
+}
+func (UnimplementedKeyManagerServer) Watch(*WatchRequest, grpc.ServerStreamingServer[KeyNotice]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedKeyManagerServer) ReportShred(context.Context, *ShredReport) (*ReportShredResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportShred not implemented")
 }
 func (UnimplementedKeyManagerServer) KeyStatus(context.Context, *KeyStatusRequest) (*KeyStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method KeyStatus not implemented")
@@ -181,6 +272,24 @@ func _KeyManager_CreateProject_Handler(srv interface{}, ctx context.Context, dec
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(KeyManagerServer).CreateProject(ctx, req.(*CreateProjectRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyManager_CreateBranchKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateBranchKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyManagerServer).CreateBranchKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyManager_CreateBranchKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyManagerServer).CreateBranchKey(ctx, req.(*CreateBranchKeyRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -239,6 +348,53 @@ func _KeyManager_UnwrapDEKs_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyManager_RewrapDEKs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnwrapDEKsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyManagerServer).RewrapDEKs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyManager_RewrapDEKs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyManagerServer).RewrapDEKs(ctx, req.(*UnwrapDEKsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyManager_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(KeyManagerServer).Watch(m, &grpc.GenericServerStream[WatchRequest, KeyNotice]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KeyManager_WatchServer = grpc.ServerStreamingServer[KeyNotice]
+
+func _KeyManager_ReportShred_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShredReport)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyManagerServer).ReportShred(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyManager_ReportShred_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyManagerServer).ReportShred(ctx, req.(*ShredReport))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KeyManager_KeyStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(KeyStatusRequest)
 	if err := dec(in); err != nil {
@@ -269,6 +425,10 @@ var KeyManager_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _KeyManager_CreateProject_Handler,
 		},
 		{
+			MethodName: "CreateBranchKey",
+			Handler:    _KeyManager_CreateBranchKey_Handler,
+		},
+		{
 			MethodName: "Lease",
 			Handler:    _KeyManager_Lease_Handler,
 		},
@@ -281,8 +441,490 @@ var KeyManager_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _KeyManager_UnwrapDEKs_Handler,
 		},
 		{
+			MethodName: "RewrapDEKs",
+			Handler:    _KeyManager_RewrapDEKs_Handler,
+		},
+		{
+			MethodName: "ReportShred",
+			Handler:    _KeyManager_ReportShred_Handler,
+		},
+		{
 			MethodName: "KeyStatus",
 			Handler:    _KeyManager_KeyStatus_Handler,
+		},
+	},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Watch",
+			Handler:       _KeyManager_Watch_Handler,
+			ServerStreams: true,
+		},
+	},
+	Metadata: "holdfast.proto",
+}
+
+const (
+	KeyAdmin_RevokeKey_FullMethodName    = "/holdfast.v1.KeyAdmin/RevokeKey"
+	KeyAdmin_ResumeKey_FullMethodName    = "/holdfast.v1.KeyAdmin/ResumeKey"
+	KeyAdmin_CheckKeys_FullMethodName    = "/holdfast.v1.KeyAdmin/CheckKeys"
+	KeyAdmin_ListKeys_FullMethodName     = "/holdfast.v1.KeyAdmin/ListKeys"
+	KeyAdmin_ListReceipts_FullMethodName = "/holdfast.v1.KeyAdmin/ListReceipts"
+	KeyAdmin_SetGrace_FullMethodName     = "/holdfast.v1.KeyAdmin/SetGrace"
+	KeyAdmin_Rewrap_FullMethodName       = "/holdfast.v1.KeyAdmin/Rewrap"
+	KeyAdmin_RotateKEK_FullMethodName    = "/holdfast.v1.KeyAdmin/RotateKEK"
+	KeyAdmin_RetireKEK_FullMethodName    = "/holdfast.v1.KeyAdmin/RetireKEK"
+	KeyAdmin_KeyVersions_FullMethodName  = "/holdfast.v1.KeyAdmin/KeyVersions"
+)
+
+// KeyAdminClient is the client API for KeyAdmin service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// KeyAdmin is for who operates the keys: no call of it gives out a key.
+type KeyAdminClient interface {
+	// RevokeKey holds the key back, whatever the KMS says, until ResumeKey. Idempotent.
+	RevokeKey(ctx context.Context, in *RevokeKeyRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error)
+	ResumeKey(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyStatusResponse, error)
+	// CheckKeys has the CMK's keys checked at once, as a notice of the KMS asks for.
+	CheckKeys(ctx context.Context, in *CheckKeysRequest, opts ...grpc.CallOption) (*CheckKeysResponse, error)
+	// ListKeys lists the keys that there are.
+	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
+	ListReceipts(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*ListReceiptsResponse, error)
+	// SetGrace sets for how long the key may be used after the KMS stopped answering.
+	SetGrace(ctx context.Context, in *SetGraceRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error)
+	// Rewrap wraps every version of the KEK again: under the current version of its CMK or, if
+	// one is named, under another CMK, which is the key's from then on. Idempotent; interrupted, it
+	// is finished by the key manager by itself.
+	Rewrap(ctx context.Context, in *RewrapRequest, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
+	// RotateKEK makes a new version of the KEK, which wraps new DEKs from then on.
+	RotateKEK(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
+	// RetireKEK destroys a version of the KEK that is not the current one. Who calls it has seen
+	// that nothing is wrapped under it any more.
+	RetireKEK(ctx context.Context, in *RetireKEKRequest, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
+	KeyVersions(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
+}
+
+type keyAdminClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewKeyAdminClient(cc grpc.ClientConnInterface) KeyAdminClient {
+	return &keyAdminClient{cc}
+}
+
+func (c *keyAdminClient) RevokeKey(ctx context.Context, in *RevokeKeyRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyStatusResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_RevokeKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) ResumeKey(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyStatusResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_ResumeKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) CheckKeys(ctx context.Context, in *CheckKeysRequest, opts ...grpc.CallOption) (*CheckKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckKeysResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_CheckKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListKeysResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_ListKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) ListReceipts(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*ListReceiptsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListReceiptsResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_ListReceipts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) SetGrace(ctx context.Context, in *SetGraceRequest, opts ...grpc.CallOption) (*KeyStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyStatusResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_SetGrace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) Rewrap(ctx context.Context, in *RewrapRequest, opts ...grpc.CallOption) (*KeyVersionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyVersionsResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_Rewrap_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) RotateKEK(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyVersionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyVersionsResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_RotateKEK_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) RetireKEK(ctx context.Context, in *RetireKEKRequest, opts ...grpc.CallOption) (*KeyVersionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyVersionsResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_RetireKEK_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyAdminClient) KeyVersions(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyVersionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyVersionsResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_KeyVersions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// KeyAdminServer is the server API for KeyAdmin service.
+// All implementations must embed UnimplementedKeyAdminServer
+// for forward compatibility.
+//
+// KeyAdmin is for who operates the keys: no call of it gives out a key.
+type KeyAdminServer interface {
+	// RevokeKey holds the key back, whatever the KMS says, until ResumeKey. Idempotent.
+	RevokeKey(context.Context, *RevokeKeyRequest) (*KeyStatusResponse, error)
+	ResumeKey(context.Context, *KeyRef) (*KeyStatusResponse, error)
+	// CheckKeys has the CMK's keys checked at once, as a notice of the KMS asks for.
+	CheckKeys(context.Context, *CheckKeysRequest) (*CheckKeysResponse, error)
+	// ListKeys lists the keys that there are.
+	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
+	ListReceipts(context.Context, *KeyRef) (*ListReceiptsResponse, error)
+	// SetGrace sets for how long the key may be used after the KMS stopped answering.
+	SetGrace(context.Context, *SetGraceRequest) (*KeyStatusResponse, error)
+	// Rewrap wraps every version of the KEK again: under the current version of its CMK or, if
+	// one is named, under another CMK, which is the key's from then on. Idempotent; interrupted, it
+	// is finished by the key manager by itself.
+	Rewrap(context.Context, *RewrapRequest) (*KeyVersionsResponse, error)
+	// RotateKEK makes a new version of the KEK, which wraps new DEKs from then on.
+	RotateKEK(context.Context, *KeyRef) (*KeyVersionsResponse, error)
+	// RetireKEK destroys a version of the KEK that is not the current one. Who calls it has seen
+	// that nothing is wrapped under it any more.
+	RetireKEK(context.Context, *RetireKEKRequest) (*KeyVersionsResponse, error)
+	KeyVersions(context.Context, *KeyRef) (*KeyVersionsResponse, error)
+	mustEmbedUnimplementedKeyAdminServer()
+}
+
+// UnimplementedKeyAdminServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedKeyAdminServer struct{}
+
+func (UnimplementedKeyAdminServer) RevokeKey(context.Context, *RevokeKeyRequest) (*KeyStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeKey not implemented")
+}
+func (UnimplementedKeyAdminServer) ResumeKey(context.Context, *KeyRef) (*KeyStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeKey not implemented")
+}
+func (UnimplementedKeyAdminServer) CheckKeys(context.Context, *CheckKeysRequest) (*CheckKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckKeys not implemented")
+}
+func (UnimplementedKeyAdminServer) ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListKeys not implemented")
+}
+func (UnimplementedKeyAdminServer) ListReceipts(context.Context, *KeyRef) (*ListReceiptsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListReceipts not implemented")
+}
+func (UnimplementedKeyAdminServer) SetGrace(context.Context, *SetGraceRequest) (*KeyStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetGrace not implemented")
+}
+func (UnimplementedKeyAdminServer) Rewrap(context.Context, *RewrapRequest) (*KeyVersionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rewrap not implemented")
+}
+func (UnimplementedKeyAdminServer) RotateKEK(context.Context, *KeyRef) (*KeyVersionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateKEK not implemented")
+}
+func (UnimplementedKeyAdminServer) RetireKEK(context.Context, *RetireKEKRequest) (*KeyVersionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RetireKEK not implemented")
+}
+func (UnimplementedKeyAdminServer) KeyVersions(context.Context, *KeyRef) (*KeyVersionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeyVersions not implemented")
+}
+func (UnimplementedKeyAdminServer) mustEmbedUnimplementedKeyAdminServer() {}
+func (UnimplementedKeyAdminServer) testEmbeddedByValue()                  {}
+
+// UnsafeKeyAdminServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to KeyAdminServer will
+// result in compilation errors.
+type UnsafeKeyAdminServer interface {
+	mustEmbedUnimplementedKeyAdminServer()
+}
+
+func RegisterKeyAdminServer(s grpc.ServiceRegistrar, srv KeyAdminServer) {
+	// If the following call panics, it indicates UnimplementedKeyAdminServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&KeyAdmin_ServiceDesc, srv)
+}
+
+func _KeyAdmin_RevokeKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).RevokeKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_RevokeKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).RevokeKey(ctx, req.(*RevokeKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_ResumeKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).ResumeKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_ResumeKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).ResumeKey(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_CheckKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).CheckKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_CheckKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).CheckKeys(ctx, req.(*CheckKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_ListKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).ListKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_ListKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).ListKeys(ctx, req.(*ListKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_ListReceipts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).ListReceipts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_ListReceipts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).ListReceipts(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_SetGrace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetGraceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).SetGrace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_SetGrace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).SetGrace(ctx, req.(*SetGraceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_Rewrap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RewrapRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).Rewrap(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_Rewrap_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).Rewrap(ctx, req.(*RewrapRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_RotateKEK_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).RotateKEK(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_RotateKEK_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).RotateKEK(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_RetireKEK_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RetireKEKRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).RetireKEK(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_RetireKEK_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).RetireKEK(ctx, req.(*RetireKEKRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyAdmin_KeyVersions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).KeyVersions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_KeyVersions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).KeyVersions(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// KeyAdmin_ServiceDesc is the grpc.ServiceDesc for KeyAdmin service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var KeyAdmin_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "holdfast.v1.KeyAdmin",
+	HandlerType: (*KeyAdminServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "RevokeKey",
+			Handler:    _KeyAdmin_RevokeKey_Handler,
+		},
+		{
+			MethodName: "ResumeKey",
+			Handler:    _KeyAdmin_ResumeKey_Handler,
+		},
+		{
+			MethodName: "CheckKeys",
+			Handler:    _KeyAdmin_CheckKeys_Handler,
+		},
+		{
+			MethodName: "ListKeys",
+			Handler:    _KeyAdmin_ListKeys_Handler,
+		},
+		{
+			MethodName: "ListReceipts",
+			Handler:    _KeyAdmin_ListReceipts_Handler,
+		},
+		{
+			MethodName: "SetGrace",
+			Handler:    _KeyAdmin_SetGrace_Handler,
+		},
+		{
+			MethodName: "Rewrap",
+			Handler:    _KeyAdmin_Rewrap_Handler,
+		},
+		{
+			MethodName: "RotateKEK",
+			Handler:    _KeyAdmin_RotateKEK_Handler,
+		},
+		{
+			MethodName: "RetireKEK",
+			Handler:    _KeyAdmin_RetireKEK_Handler,
+		},
+		{
+			MethodName: "KeyVersions",
+			Handler:    _KeyAdmin_KeyVersions_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
@@ -298,6 +940,8 @@ const (
 	Safekeeper_Status_FullMethodName        = "/holdfast.v1.Safekeeper/Status"
 	Safekeeper_Raft_FullMethodName          = "/holdfast.v1.Safekeeper/Raft"
 	Safekeeper_Hello_FullMethodName         = "/holdfast.v1.Safekeeper/Hello"
+	Safekeeper_KeyUse_FullMethodName        = "/holdfast.v1.Safekeeper/KeyUse"
+	Safekeeper_RewrapBranch_FullMethodName  = "/holdfast.v1.Safekeeper/RewrapBranch"
 )
 
 // SafekeeperClient is the client API for Safekeeper service.
@@ -326,6 +970,8 @@ type SafekeeperClient interface {
 	// Hello makes a replica known to a peer. A replica whose disk was lost comes with a new
 	// incarnation; it takes part in votes again only by what the answers tell it.
 	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
+	KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error)
+	RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error)
 }
 
 type safekeeperClient struct {
@@ -431,6 +1077,26 @@ func (c *safekeeperClient) Hello(ctx context.Context, in *HelloRequest, opts ...
 	return out, nil
 }
 
+func (c *safekeeperClient) KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyUseResponse)
+	err := c.cc.Invoke(ctx, Safekeeper_KeyUse_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *safekeeperClient) RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RewrapBranchResponse)
+	err := c.cc.Invoke(ctx, Safekeeper_RewrapBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SafekeeperServer is the server API for Safekeeper service.
 // All implementations must embed UnimplementedSafekeeperServer
 // for forward compatibility.
@@ -457,6 +1123,8 @@ type SafekeeperServer interface {
 	// Hello makes a replica known to a peer. A replica whose disk was lost comes with a new
 	// incarnation; it takes part in votes again only by what the answers tell it.
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
+	KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error)
+	RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error)
 	mustEmbedUnimplementedSafekeeperServer()
 }
 
@@ -490,6 +1158,12 @@ func (UnimplementedSafekeeperServer) Raft(grpc.BidiStreamingServer[RaftMessage, 
 }
 func (UnimplementedSafekeeperServer) Hello(context.Context, *HelloRequest) (*HelloResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Hello not implemented")
+}
+func (UnimplementedSafekeeperServer) KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeyUse not implemented")
+}
+func (UnimplementedSafekeeperServer) RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RewrapBranch not implemented")
 }
 func (UnimplementedSafekeeperServer) mustEmbedUnimplementedSafekeeperServer() {}
 func (UnimplementedSafekeeperServer) testEmbeddedByValue()                    {}
@@ -627,6 +1301,42 @@ func _Safekeeper_Hello_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Safekeeper_KeyUse_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyUseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SafekeeperServer).KeyUse(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Safekeeper_KeyUse_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SafekeeperServer).KeyUse(ctx, req.(*KeyUseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Safekeeper_RewrapBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RewrapBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SafekeeperServer).RewrapBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Safekeeper_RewrapBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SafekeeperServer).RewrapBranch(ctx, req.(*RewrapBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Safekeeper_ServiceDesc is the grpc.ServiceDesc for Safekeeper service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -653,6 +1363,14 @@ var Safekeeper_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Hello",
 			Handler:    _Safekeeper_Hello_Handler,
+		},
+		{
+			MethodName: "KeyUse",
+			Handler:    _Safekeeper_KeyUse_Handler,
+		},
+		{
+			MethodName: "RewrapBranch",
+			Handler:    _Safekeeper_RewrapBranch_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
@@ -685,6 +1403,8 @@ const (
 	PageServer_ListSLRU_FullMethodName      = "/holdfast.v1.PageServer/ListSLRU"
 	PageServer_StartupState_FullMethodName  = "/holdfast.v1.PageServer/StartupState"
 	PageServer_Status_FullMethodName        = "/holdfast.v1.PageServer/Status"
+	PageServer_KeyUse_FullMethodName        = "/holdfast.v1.PageServer/KeyUse"
+	PageServer_RewrapBranch_FullMethodName  = "/holdfast.v1.PageServer/RewrapBranch"
 )
 
 // PageServerClient is the client API for PageServer service.
@@ -705,6 +1425,8 @@ type PageServerClient interface {
 	// StartupState gives what a compute needs to start at an LSN.
 	StartupState(ctx context.Context, in *StartupStateRequest, opts ...grpc.CallOption) (*StartupStateResponse, error)
 	Status(ctx context.Context, in *PageServerStatusRequest, opts ...grpc.CallOption) (*PageServerStatusResponse, error)
+	KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error)
+	RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error)
 }
 
 type pageServerClient struct {
@@ -788,6 +1510,26 @@ func (c *pageServerClient) Status(ctx context.Context, in *PageServerStatusReque
 	return out, nil
 }
 
+func (c *pageServerClient) KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyUseResponse)
+	err := c.cc.Invoke(ctx, PageServer_KeyUse_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *pageServerClient) RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RewrapBranchResponse)
+	err := c.cc.Invoke(ctx, PageServer_RewrapBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PageServerServer is the server API for PageServer service.
 // All implementations must embed UnimplementedPageServerServer
 // for forward compatibility.
@@ -806,6 +1548,8 @@ type PageServerServer interface {
 	// StartupState gives what a compute needs to start at an LSN.
 	StartupState(context.Context, *StartupStateRequest) (*StartupStateResponse, error)
 	Status(context.Context, *PageServerStatusRequest) (*PageServerStatusResponse, error)
+	KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error)
+	RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error)
 	mustEmbedUnimplementedPageServerServer()
 }
 
@@ -836,6 +1580,12 @@ func (UnimplementedPageServerServer) StartupState(context.Context, *StartupState
 }
 func (UnimplementedPageServerServer) Status(context.Context, *PageServerStatusRequest) (*PageServerStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedPageServerServer) KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeyUse not implemented")
+}
+func (UnimplementedPageServerServer) RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RewrapBranch not implemented")
 }
 func (UnimplementedPageServerServer) mustEmbedUnimplementedPageServerServer() {}
 func (UnimplementedPageServerServer) testEmbeddedByValue()                    {}
@@ -973,6 +1723,42 @@ func _PageServer_Status_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PageServer_KeyUse_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyUseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PageServerServer).KeyUse(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PageServer_KeyUse_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PageServerServer).KeyUse(ctx, req.(*KeyUseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _PageServer_RewrapBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RewrapBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PageServerServer).RewrapBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PageServer_RewrapBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PageServerServer).RewrapBranch(ctx, req.(*RewrapBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PageServer_ServiceDesc is the grpc.ServiceDesc for PageServer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1004,6 +1790,14 @@ var PageServer_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _PageServer_Status_Handler,
 		},
+		{
+			MethodName: "KeyUse",
+			Handler:    _PageServer_KeyUse_Handler,
+		},
+		{
+			MethodName: "RewrapBranch",
+			Handler:    _PageServer_RewrapBranch_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -1022,6 +1816,9 @@ const (
 	Manager_KillEndpoint_FullMethodName  = "/holdfast.v1.Manager/KillEndpoint"
 	Manager_Credentials_FullMethodName   = "/holdfast.v1.Manager/Credentials"
 	Manager_ClusterStatus_FullMethodName = "/holdfast.v1.Manager/ClusterStatus"
+	Manager_KeyUses_FullMethodName       = "/holdfast.v1.Manager/KeyUses"
+	Manager_RotateKEK_FullMethodName     = "/holdfast.v1.Manager/RotateKEK"
+	Manager_Rehearse_FullMethodName      = "/holdfast.v1.Manager/Rehearse"
 )
 
 // ManagerClient is the client API for Manager service.
@@ -1038,6 +1835,15 @@ type ManagerClient interface {
 	// on the manager's private socket only.
 	Credentials(ctx context.Context, in *EndpointRequest, opts ...grpc.CallOption) (*CredentialsResponse, error)
 	ClusterStatus(ctx context.Context, in *ClusterStatusRequest, opts ...grpc.CallOption) (*ClusterStatusResponse, error)
+	// KeyUses says which versions of the KEK and of the CMK are still needed, and by what: from the key
+	// manager, the page server, the safekeepers and the manager's own secrets.
+	KeyUses(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyUsesResponse, error)
+	// RotateKEK makes a new version of the KEK (unless it is told only to finish), has every DEK
+	// wrapped under it, and tells what of older ones is still in use. Idempotent; may be called again after an interruption.
+	RotateKEK(ctx context.Context, in *ManagerRotateRequest, opts ...grpc.CallOption) (*KeyUsesResponse, error)
+	// Rehearse makes a throwaway branch with a key of its own and an endpoint, revokes and resumes it, and
+	// tells each step and, last, the measured times. All of it is removed in the end.
+	Rehearse(ctx context.Context, in *RehearseRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RehearseEvent], error)
 }
 
 type managerClient struct {
@@ -1108,6 +1914,45 @@ func (c *managerClient) ClusterStatus(ctx context.Context, in *ClusterStatusRequ
 	return out, nil
 }
 
+func (c *managerClient) KeyUses(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyUsesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyUsesResponse)
+	err := c.cc.Invoke(ctx, Manager_KeyUses_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *managerClient) RotateKEK(ctx context.Context, in *ManagerRotateRequest, opts ...grpc.CallOption) (*KeyUsesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyUsesResponse)
+	err := c.cc.Invoke(ctx, Manager_RotateKEK_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *managerClient) Rehearse(ctx context.Context, in *RehearseRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RehearseEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Manager_ServiceDesc.Streams[0], Manager_Rehearse_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RehearseRequest, RehearseEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Manager_RehearseClient = grpc.ServerStreamingClient[RehearseEvent]
+
 // ManagerServer is the server API for Manager service.
 // All implementations must embed UnimplementedManagerServer
 // for forward compatibility.
@@ -1122,6 +1967,15 @@ type ManagerServer interface {
 	// on the manager's private socket only.
 	Credentials(context.Context, *EndpointRequest) (*CredentialsResponse, error)
 	ClusterStatus(context.Context, *ClusterStatusRequest) (*ClusterStatusResponse, error)
+	// KeyUses says which versions of the KEK and of the CMK are still needed, and by what: from the key
+	// manager, the page server, the safekeepers and the manager's own secrets.
+	KeyUses(context.Context, *KeyRef) (*KeyUsesResponse, error)
+	// RotateKEK makes a new version of the KEK (unless it is told only to finish), has every DEK
+	// wrapped under it, and tells what of older ones is still in use. Idempotent; may be called again after an interruption.
+	RotateKEK(context.Context, *ManagerRotateRequest) (*KeyUsesResponse, error)
+	// Rehearse makes a throwaway branch with a key of its own and an endpoint, revokes and resumes it, and
+	// tells each step and, last, the measured times. All of it is removed in the end.
+	Rehearse(*RehearseRequest, grpc.ServerStreamingServer[RehearseEvent]) error
 	mustEmbedUnimplementedManagerServer()
 }
 
@@ -1149,6 +2003,15 @@ func (UnimplementedManagerServer) Credentials(context.Context, *EndpointRequest)
 }
 func (UnimplementedManagerServer) ClusterStatus(context.Context, *ClusterStatusRequest) (*ClusterStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ClusterStatus not implemented")
+}
+func (UnimplementedManagerServer) KeyUses(context.Context, *KeyRef) (*KeyUsesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeyUses not implemented")
+}
+func (UnimplementedManagerServer) RotateKEK(context.Context, *ManagerRotateRequest) (*KeyUsesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateKEK not implemented")
+}
+func (UnimplementedManagerServer) Rehearse(*RehearseRequest, grpc.ServerStreamingServer[RehearseEvent]) error {
+	return status.Error(codes.Unimplemented, "method Rehearse not implemented")
 }
 func (UnimplementedManagerServer) mustEmbedUnimplementedManagerServer() {}
 func (UnimplementedManagerServer) testEmbeddedByValue()                 {}
@@ -1279,6 +2142,53 @@ func _Manager_ClusterStatus_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Manager_KeyUses_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).KeyUses(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_KeyUses_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).KeyUses(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Manager_RotateKEK_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ManagerRotateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).RotateKEK(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_RotateKEK_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).RotateKEK(ctx, req.(*ManagerRotateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Manager_Rehearse_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(RehearseRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ManagerServer).Rehearse(m, &grpc.GenericServerStream[RehearseRequest, RehearseEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Manager_RehearseServer = grpc.ServerStreamingServer[RehearseEvent]
+
 // Manager_ServiceDesc is the grpc.ServiceDesc for Manager service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1310,7 +2220,21 @@ var Manager_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ClusterStatus",
 			Handler:    _Manager_ClusterStatus_Handler,
 		},
+		{
+			MethodName: "KeyUses",
+			Handler:    _Manager_KeyUses_Handler,
+		},
+		{
+			MethodName: "RotateKEK",
+			Handler:    _Manager_RotateKEK_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Rehearse",
+			Handler:       _Manager_Rehearse_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "holdfast.proto",
 }
