@@ -166,6 +166,42 @@ func (x *ErrorDetail) GetEndLsn() uint64 {
 	return 0
 }
 
+type DestroyBranchKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DestroyBranchKeyResponse) Reset() {
+	*x = DestroyBranchKeyResponse{}
+	mi := &file_holdfast_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DestroyBranchKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DestroyBranchKeyResponse) ProtoMessage() {}
+
+func (x *DestroyBranchKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DestroyBranchKeyResponse.ProtoReflect.Descriptor instead.
+func (*DestroyBranchKeyResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{1}
+}
+
 // KeyRef names the key that a branch uses or, without a branch, a project's.
 type KeyRef struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -177,7 +213,7 @@ type KeyRef struct {
 
 func (x *KeyRef) Reset() {
 	*x = KeyRef{}
-	mi := &file_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -189,7 +225,7 @@ func (x *KeyRef) String() string {
 func (*KeyRef) ProtoMessage() {}
 
 func (x *KeyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[1]
+	mi := &file_holdfast_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -202,7 +238,7 @@ func (x *KeyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyRef.ProtoReflect.Descriptor instead.
 func (*KeyRef) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{1}
+	return file_holdfast_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *KeyRef) GetProject() string {
@@ -232,7 +268,7 @@ type DEKContext struct {
 
 func (x *DEKContext) Reset() {
 	*x = DEKContext{}
-	mi := &file_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +280,7 @@ func (x *DEKContext) String() string {
 func (*DEKContext) ProtoMessage() {}
 
 func (x *DEKContext) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[2]
+	mi := &file_holdfast_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +293,7 @@ func (x *DEKContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEKContext.ProtoReflect.Descriptor instead.
 func (*DEKContext) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{2}
+	return file_holdfast_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *DEKContext) GetPurpose() string {
@@ -298,7 +334,7 @@ type CreateProjectRequest struct {
 
 func (x *CreateProjectRequest) Reset() {
 	*x = CreateProjectRequest{}
-	mi := &file_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -310,7 +346,7 @@ func (x *CreateProjectRequest) String() string {
 func (*CreateProjectRequest) ProtoMessage() {}
 
 func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[3]
+	mi := &file_holdfast_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -323,7 +359,7 @@ func (x *CreateProjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectRequest.ProtoReflect.Descriptor instead.
 func (*CreateProjectRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{3}
+	return file_holdfast_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateProjectRequest) GetProject() string {
@@ -349,7 +385,7 @@ type CreateProjectResponse struct {
 
 func (x *CreateProjectResponse) Reset() {
 	*x = CreateProjectResponse{}
-	mi := &file_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -361,7 +397,7 @@ func (x *CreateProjectResponse) String() string {
 func (*CreateProjectResponse) ProtoMessage() {}
 
 func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[4]
+	mi := &file_holdfast_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -374,7 +410,7 @@ func (x *CreateProjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProjectResponse.ProtoReflect.Descriptor instead.
 func (*CreateProjectResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{4}
+	return file_holdfast_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CreateProjectResponse) GetKekVersion() uint32 {
@@ -395,7 +431,7 @@ type CreateBranchKeyRequest struct {
 
 func (x *CreateBranchKeyRequest) Reset() {
 	*x = CreateBranchKeyRequest{}
-	mi := &file_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +443,7 @@ func (x *CreateBranchKeyRequest) String() string {
 func (*CreateBranchKeyRequest) ProtoMessage() {}
 
 func (x *CreateBranchKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[5]
+	mi := &file_holdfast_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +456,7 @@ func (x *CreateBranchKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateBranchKeyRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{5}
+	return file_holdfast_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateBranchKeyRequest) GetProject() string {
@@ -453,7 +489,7 @@ type CreateBranchKeyResponse struct {
 
 func (x *CreateBranchKeyResponse) Reset() {
 	*x = CreateBranchKeyResponse{}
-	mi := &file_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +501,7 @@ func (x *CreateBranchKeyResponse) String() string {
 func (*CreateBranchKeyResponse) ProtoMessage() {}
 
 func (x *CreateBranchKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[6]
+	mi := &file_holdfast_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +514,7 @@ func (x *CreateBranchKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchKeyResponse.ProtoReflect.Descriptor instead.
 func (*CreateBranchKeyResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{6}
+	return file_holdfast_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateBranchKeyResponse) GetKekVersion() uint32 {
@@ -501,7 +537,7 @@ type LeaseRequest struct {
 
 func (x *LeaseRequest) Reset() {
 	*x = LeaseRequest{}
-	mi := &file_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -513,7 +549,7 @@ func (x *LeaseRequest) String() string {
 func (*LeaseRequest) ProtoMessage() {}
 
 func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[7]
+	mi := &file_holdfast_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -526,7 +562,7 @@ func (x *LeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseRequest.ProtoReflect.Descriptor instead.
 func (*LeaseRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{7}
+	return file_holdfast_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LeaseRequest) GetProject() string {
@@ -575,7 +611,7 @@ type LeaseResponse struct {
 
 func (x *LeaseResponse) Reset() {
 	*x = LeaseResponse{}
-	mi := &file_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -587,7 +623,7 @@ func (x *LeaseResponse) String() string {
 func (*LeaseResponse) ProtoMessage() {}
 
 func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[8]
+	mi := &file_holdfast_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -600,7 +636,7 @@ func (x *LeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseResponse.ProtoReflect.Descriptor instead.
 func (*LeaseResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{8}
+	return file_holdfast_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LeaseResponse) GetLeaseId() string {
@@ -634,7 +670,7 @@ type GenerateDEKsRequest struct {
 
 func (x *GenerateDEKsRequest) Reset() {
 	*x = GenerateDEKsRequest{}
-	mi := &file_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +682,7 @@ func (x *GenerateDEKsRequest) String() string {
 func (*GenerateDEKsRequest) ProtoMessage() {}
 
 func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[9]
+	mi := &file_holdfast_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +695,7 @@ func (x *GenerateDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsRequest.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{9}
+	return file_holdfast_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GenerateDEKsRequest) GetLeaseId() string {
@@ -685,7 +721,7 @@ type GenerateDEKsResponse struct {
 
 func (x *GenerateDEKsResponse) Reset() {
 	*x = GenerateDEKsResponse{}
-	mi := &file_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +733,7 @@ func (x *GenerateDEKsResponse) String() string {
 func (*GenerateDEKsResponse) ProtoMessage() {}
 
 func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[10]
+	mi := &file_holdfast_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +746,7 @@ func (x *GenerateDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDEKsResponse.ProtoReflect.Descriptor instead.
 func (*GenerateDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{10}
+	return file_holdfast_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GenerateDEKsResponse) GetDeks() []*DEK {
@@ -730,7 +766,7 @@ type DEK struct {
 
 func (x *DEK) Reset() {
 	*x = DEK{}
-	mi := &file_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +778,7 @@ func (x *DEK) String() string {
 func (*DEK) ProtoMessage() {}
 
 func (x *DEK) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[11]
+	mi := &file_holdfast_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +791,7 @@ func (x *DEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DEK.ProtoReflect.Descriptor instead.
 func (*DEK) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{11}
+	return file_holdfast_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DEK) GetPlaintext() []byte {
@@ -782,7 +818,7 @@ type WrappedDEK struct {
 
 func (x *WrappedDEK) Reset() {
 	*x = WrappedDEK{}
-	mi := &file_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +830,7 @@ func (x *WrappedDEK) String() string {
 func (*WrappedDEK) ProtoMessage() {}
 
 func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[12]
+	mi := &file_holdfast_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +843,7 @@ func (x *WrappedDEK) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrappedDEK.ProtoReflect.Descriptor instead.
 func (*WrappedDEK) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{12}
+	return file_holdfast_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WrappedDEK) GetContext() *DEKContext {
@@ -834,7 +870,7 @@ type UnwrapDEKsRequest struct {
 
 func (x *UnwrapDEKsRequest) Reset() {
 	*x = UnwrapDEKsRequest{}
-	mi := &file_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +882,7 @@ func (x *UnwrapDEKsRequest) String() string {
 func (*UnwrapDEKsRequest) ProtoMessage() {}
 
 func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[13]
+	mi := &file_holdfast_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +895,7 @@ func (x *UnwrapDEKsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsRequest.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{13}
+	return file_holdfast_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UnwrapDEKsRequest) GetLeaseId() string {
@@ -885,7 +921,7 @@ type UnwrapDEKsResponse struct {
 
 func (x *UnwrapDEKsResponse) Reset() {
 	*x = UnwrapDEKsResponse{}
-	mi := &file_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -897,7 +933,7 @@ func (x *UnwrapDEKsResponse) String() string {
 func (*UnwrapDEKsResponse) ProtoMessage() {}
 
 func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[14]
+	mi := &file_holdfast_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -910,7 +946,7 @@ func (x *UnwrapDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnwrapDEKsResponse.ProtoReflect.Descriptor instead.
 func (*UnwrapDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{14}
+	return file_holdfast_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *UnwrapDEKsResponse) GetPlaintexts() [][]byte {
@@ -930,7 +966,7 @@ type RewrapDEKsResponse struct {
 
 func (x *RewrapDEKsResponse) Reset() {
 	*x = RewrapDEKsResponse{}
-	mi := &file_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +978,7 @@ func (x *RewrapDEKsResponse) String() string {
 func (*RewrapDEKsResponse) ProtoMessage() {}
 
 func (x *RewrapDEKsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[15]
+	mi := &file_holdfast_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +991,7 @@ func (x *RewrapDEKsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RewrapDEKsResponse.ProtoReflect.Descriptor instead.
 func (*RewrapDEKsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{15}
+	return file_holdfast_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RewrapDEKsResponse) GetWrapped() [][]byte {
@@ -981,7 +1017,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1029,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[16]
+	mi := &file_holdfast_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1042,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{16}
+	return file_holdfast_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchRequest) GetNode() string {
@@ -1027,7 +1063,7 @@ type KeyNotice struct {
 
 func (x *KeyNotice) Reset() {
 	*x = KeyNotice{}
-	mi := &file_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1075,7 @@ func (x *KeyNotice) String() string {
 func (*KeyNotice) ProtoMessage() {}
 
 func (x *KeyNotice) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[17]
+	mi := &file_holdfast_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1088,7 @@ func (x *KeyNotice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyNotice.ProtoReflect.Descriptor instead.
 func (*KeyNotice) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{17}
+	return file_holdfast_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KeyNotice) GetKey() string {
@@ -1098,7 +1134,7 @@ type ShredReport struct {
 
 func (x *ShredReport) Reset() {
 	*x = ShredReport{}
-	mi := &file_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1146,7 @@ func (x *ShredReport) String() string {
 func (*ShredReport) ProtoMessage() {}
 
 func (x *ShredReport) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[18]
+	mi := &file_holdfast_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1159,7 @@ func (x *ShredReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShredReport.ProtoReflect.Descriptor instead.
 func (*ShredReport) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{18}
+	return file_holdfast_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ShredReport) GetLeaseId() string {
@@ -1218,7 +1254,7 @@ type ReportShredResponse struct {
 
 func (x *ReportShredResponse) Reset() {
 	*x = ReportShredResponse{}
-	mi := &file_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1230,7 +1266,7 @@ func (x *ReportShredResponse) String() string {
 func (*ReportShredResponse) ProtoMessage() {}
 
 func (x *ReportShredResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[19]
+	mi := &file_holdfast_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1243,7 +1279,7 @@ func (x *ReportShredResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportShredResponse.ProtoReflect.Descriptor instead.
 func (*ReportShredResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{19}
+	return file_holdfast_proto_rawDescGZIP(), []int{20}
 }
 
 type KeyStatusRequest struct {
@@ -1256,7 +1292,7 @@ type KeyStatusRequest struct {
 
 func (x *KeyStatusRequest) Reset() {
 	*x = KeyStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1304,7 @@ func (x *KeyStatusRequest) String() string {
 func (*KeyStatusRequest) ProtoMessage() {}
 
 func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[20]
+	mi := &file_holdfast_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1317,7 @@ func (x *KeyStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusRequest.ProtoReflect.Descriptor instead.
 func (*KeyStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{20}
+	return file_holdfast_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *KeyStatusRequest) GetProject() string {
@@ -1320,7 +1356,7 @@ type KeyStatusResponse struct {
 
 func (x *KeyStatusResponse) Reset() {
 	*x = KeyStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1332,7 +1368,7 @@ func (x *KeyStatusResponse) String() string {
 func (*KeyStatusResponse) ProtoMessage() {}
 
 func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[21]
+	mi := &file_holdfast_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1345,7 +1381,7 @@ func (x *KeyStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatusResponse.ProtoReflect.Descriptor instead.
 func (*KeyStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{21}
+	return file_holdfast_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *KeyStatusResponse) GetCmk() string {
@@ -1443,7 +1479,7 @@ type KeyHolder struct {
 
 func (x *KeyHolder) Reset() {
 	*x = KeyHolder{}
-	mi := &file_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1491,7 @@ func (x *KeyHolder) String() string {
 func (*KeyHolder) ProtoMessage() {}
 
 func (x *KeyHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[22]
+	mi := &file_holdfast_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1504,7 @@ func (x *KeyHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyHolder.ProtoReflect.Descriptor instead.
 func (*KeyHolder) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{22}
+	return file_holdfast_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *KeyHolder) GetNode() string {
@@ -1502,7 +1538,7 @@ type RevokeKeyRequest struct {
 
 func (x *RevokeKeyRequest) Reset() {
 	*x = RevokeKeyRequest{}
-	mi := &file_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1514,7 +1550,7 @@ func (x *RevokeKeyRequest) String() string {
 func (*RevokeKeyRequest) ProtoMessage() {}
 
 func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[23]
+	mi := &file_holdfast_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1527,7 +1563,7 @@ func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKeyRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKeyRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{23}
+	return file_holdfast_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RevokeKeyRequest) GetKey() *KeyRef {
@@ -1553,7 +1589,7 @@ type CheckKeysRequest struct {
 
 func (x *CheckKeysRequest) Reset() {
 	*x = CheckKeysRequest{}
-	mi := &file_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1601,7 @@ func (x *CheckKeysRequest) String() string {
 func (*CheckKeysRequest) ProtoMessage() {}
 
 func (x *CheckKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[24]
+	mi := &file_holdfast_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1614,7 @@ func (x *CheckKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckKeysRequest.ProtoReflect.Descriptor instead.
 func (*CheckKeysRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{24}
+	return file_holdfast_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CheckKeysRequest) GetCmk() string {
@@ -1597,7 +1633,7 @@ type CheckKeysResponse struct {
 
 func (x *CheckKeysResponse) Reset() {
 	*x = CheckKeysResponse{}
-	mi := &file_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1645,7 @@ func (x *CheckKeysResponse) String() string {
 func (*CheckKeysResponse) ProtoMessage() {}
 
 func (x *CheckKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[25]
+	mi := &file_holdfast_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1658,7 @@ func (x *CheckKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckKeysResponse.ProtoReflect.Descriptor instead.
 func (*CheckKeysResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{25}
+	return file_holdfast_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CheckKeysResponse) GetKeys() []string {
@@ -1640,7 +1676,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1688,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[26]
+	mi := &file_holdfast_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1701,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{26}
+	return file_holdfast_proto_rawDescGZIP(), []int{27}
 }
 
 type ListKeysResponse struct {
@@ -1677,7 +1713,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +1725,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[27]
+	mi := &file_holdfast_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +1738,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{27}
+	return file_holdfast_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListKeysResponse) GetKeys() []*KeyStatusResponse {
@@ -1722,7 +1758,7 @@ type SetGraceRequest struct {
 
 func (x *SetGraceRequest) Reset() {
 	*x = SetGraceRequest{}
-	mi := &file_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1734,7 +1770,7 @@ func (x *SetGraceRequest) String() string {
 func (*SetGraceRequest) ProtoMessage() {}
 
 func (x *SetGraceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[28]
+	mi := &file_holdfast_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1747,7 +1783,7 @@ func (x *SetGraceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetGraceRequest.ProtoReflect.Descriptor instead.
 func (*SetGraceRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{28}
+	return file_holdfast_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SetGraceRequest) GetKey() *KeyRef {
@@ -1773,7 +1809,7 @@ type ListReceiptsResponse struct {
 
 func (x *ListReceiptsResponse) Reset() {
 	*x = ListReceiptsResponse{}
-	mi := &file_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1821,7 @@ func (x *ListReceiptsResponse) String() string {
 func (*ListReceiptsResponse) ProtoMessage() {}
 
 func (x *ListReceiptsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[29]
+	mi := &file_holdfast_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1834,7 @@ func (x *ListReceiptsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReceiptsResponse.ProtoReflect.Descriptor instead.
 func (*ListReceiptsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{29}
+	return file_holdfast_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListReceiptsResponse) GetReceipts() []*Receipt {
@@ -1827,7 +1863,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1839,7 +1875,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[30]
+	mi := &file_holdfast_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1852,7 +1888,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{30}
+	return file_holdfast_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Receipt) GetId() string {
@@ -1939,7 +1975,7 @@ type ReceiptEntry struct {
 
 func (x *ReceiptEntry) Reset() {
 	*x = ReceiptEntry{}
-	mi := &file_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1951,7 +1987,7 @@ func (x *ReceiptEntry) String() string {
 func (*ReceiptEntry) ProtoMessage() {}
 
 func (x *ReceiptEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[31]
+	mi := &file_holdfast_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1964,7 +2000,7 @@ func (x *ReceiptEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReceiptEntry.ProtoReflect.Descriptor instead.
 func (*ReceiptEntry) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{31}
+	return file_holdfast_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReceiptEntry) GetNode() string {
@@ -2019,7 +2055,7 @@ type RewrapRequest struct {
 
 func (x *RewrapRequest) Reset() {
 	*x = RewrapRequest{}
-	mi := &file_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2031,7 +2067,7 @@ func (x *RewrapRequest) String() string {
 func (*RewrapRequest) ProtoMessage() {}
 
 func (x *RewrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[32]
+	mi := &file_holdfast_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2044,7 +2080,7 @@ func (x *RewrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RewrapRequest.ProtoReflect.Descriptor instead.
 func (*RewrapRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{32}
+	return file_holdfast_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RewrapRequest) GetKey() *KeyRef {
@@ -2071,7 +2107,7 @@ type RetireKEKRequest struct {
 
 func (x *RetireKEKRequest) Reset() {
 	*x = RetireKEKRequest{}
-	mi := &file_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2119,7 @@ func (x *RetireKEKRequest) String() string {
 func (*RetireKEKRequest) ProtoMessage() {}
 
 func (x *RetireKEKRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[33]
+	mi := &file_holdfast_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2132,7 @@ func (x *RetireKEKRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireKEKRequest.ProtoReflect.Descriptor instead.
 func (*RetireKEKRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{33}
+	return file_holdfast_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RetireKEKRequest) GetKey() *KeyRef {
@@ -2127,7 +2163,7 @@ type KeyVersionsResponse struct {
 
 func (x *KeyVersionsResponse) Reset() {
 	*x = KeyVersionsResponse{}
-	mi := &file_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2139,7 +2175,7 @@ func (x *KeyVersionsResponse) String() string {
 func (*KeyVersionsResponse) ProtoMessage() {}
 
 func (x *KeyVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[34]
+	mi := &file_holdfast_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2152,7 +2188,7 @@ func (x *KeyVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyVersionsResponse.ProtoReflect.Descriptor instead.
 func (*KeyVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{34}
+	return file_holdfast_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *KeyVersionsResponse) GetKey() string {
@@ -2209,7 +2245,7 @@ type KEKVersion struct {
 
 func (x *KEKVersion) Reset() {
 	*x = KEKVersion{}
-	mi := &file_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2221,7 +2257,7 @@ func (x *KEKVersion) String() string {
 func (*KEKVersion) ProtoMessage() {}
 
 func (x *KEKVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[35]
+	mi := &file_holdfast_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2234,7 +2270,7 @@ func (x *KEKVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KEKVersion.ProtoReflect.Descriptor instead.
 func (*KEKVersion) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{35}
+	return file_holdfast_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *KEKVersion) GetVersion() uint32 {
@@ -2276,7 +2312,7 @@ type KeyUseRequest struct {
 
 func (x *KeyUseRequest) Reset() {
 	*x = KeyUseRequest{}
-	mi := &file_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2324,7 @@ func (x *KeyUseRequest) String() string {
 func (*KeyUseRequest) ProtoMessage() {}
 
 func (x *KeyUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[36]
+	mi := &file_holdfast_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2337,7 @@ func (x *KeyUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUseRequest.ProtoReflect.Descriptor instead.
 func (*KeyUseRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{36}
+	return file_holdfast_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *KeyUseRequest) GetProject() string {
@@ -2327,7 +2363,7 @@ type KeyUseResponse struct {
 
 func (x *KeyUseResponse) Reset() {
 	*x = KeyUseResponse{}
-	mi := &file_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2339,7 +2375,7 @@ func (x *KeyUseResponse) String() string {
 func (*KeyUseResponse) ProtoMessage() {}
 
 func (x *KeyUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[37]
+	mi := &file_holdfast_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2352,7 +2388,7 @@ func (x *KeyUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUseResponse.ProtoReflect.Descriptor instead.
 func (*KeyUseResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{37}
+	return file_holdfast_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *KeyUseResponse) GetUses() []*KeyUse {
@@ -2375,7 +2411,7 @@ type KeyUse struct {
 
 func (x *KeyUse) Reset() {
 	*x = KeyUse{}
-	mi := &file_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2423,7 @@ func (x *KeyUse) String() string {
 func (*KeyUse) ProtoMessage() {}
 
 func (x *KeyUse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[38]
+	mi := &file_holdfast_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2436,7 @@ func (x *KeyUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUse.ProtoReflect.Descriptor instead.
 func (*KeyUse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{38}
+	return file_holdfast_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *KeyUse) GetProject() string {
@@ -2450,7 +2486,7 @@ type RewrapBranchRequest struct {
 
 func (x *RewrapBranchRequest) Reset() {
 	*x = RewrapBranchRequest{}
-	mi := &file_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2498,7 @@ func (x *RewrapBranchRequest) String() string {
 func (*RewrapBranchRequest) ProtoMessage() {}
 
 func (x *RewrapBranchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[39]
+	mi := &file_holdfast_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2511,7 @@ func (x *RewrapBranchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RewrapBranchRequest.ProtoReflect.Descriptor instead.
 func (*RewrapBranchRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{39}
+	return file_holdfast_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RewrapBranchRequest) GetProject() string {
@@ -2503,7 +2539,7 @@ type RewrapBranchResponse struct {
 
 func (x *RewrapBranchResponse) Reset() {
 	*x = RewrapBranchResponse{}
-	mi := &file_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2515,7 +2551,7 @@ func (x *RewrapBranchResponse) String() string {
 func (*RewrapBranchResponse) ProtoMessage() {}
 
 func (x *RewrapBranchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[40]
+	mi := &file_holdfast_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2528,7 +2564,7 @@ func (x *RewrapBranchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RewrapBranchResponse.ProtoReflect.Descriptor instead.
 func (*RewrapBranchResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{40}
+	return file_holdfast_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RewrapBranchResponse) GetRewrapped() int64 {
@@ -2552,6 +2588,94 @@ func (x *RewrapBranchResponse) GetKekVersion() uint32 {
 	return 0
 }
 
+type DeleteBranchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch        string                 `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteBranchRequest) Reset() {
+	*x = DeleteBranchRequest{}
+	mi := &file_holdfast_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteBranchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteBranchRequest) ProtoMessage() {}
+
+func (x *DeleteBranchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteBranchRequest.ProtoReflect.Descriptor instead.
+func (*DeleteBranchRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *DeleteBranchRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *DeleteBranchRequest) GetBranch() string {
+	if x != nil {
+		return x.Branch
+	}
+	return ""
+}
+
+type DeleteBranchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteBranchResponse) Reset() {
+	*x = DeleteBranchResponse{}
+	mi := &file_holdfast_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteBranchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteBranchResponse) ProtoMessage() {}
+
+func (x *DeleteBranchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteBranchResponse.ProtoReflect.Descriptor instead.
+func (*DeleteBranchResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{43}
+}
+
 type HelloRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Group         uint64                 `protobuf:"varint,1,opt,name=group,proto3" json:"group,omitempty"`
@@ -2563,7 +2687,7 @@ type HelloRequest struct {
 
 func (x *HelloRequest) Reset() {
 	*x = HelloRequest{}
-	mi := &file_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2575,7 +2699,7 @@ func (x *HelloRequest) String() string {
 func (*HelloRequest) ProtoMessage() {}
 
 func (x *HelloRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[41]
+	mi := &file_holdfast_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2588,7 +2712,7 @@ func (x *HelloRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloRequest.ProtoReflect.Descriptor instead.
 func (*HelloRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{41}
+	return file_holdfast_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *HelloRequest) GetGroup() uint64 {
@@ -2624,7 +2748,7 @@ type HelloResponse struct {
 
 func (x *HelloResponse) Reset() {
 	*x = HelloResponse{}
-	mi := &file_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2760,7 @@ func (x *HelloResponse) String() string {
 func (*HelloResponse) ProtoMessage() {}
 
 func (x *HelloResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[42]
+	mi := &file_holdfast_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2773,7 @@ func (x *HelloResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloResponse.ProtoReflect.Descriptor instead.
 func (*HelloResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{42}
+	return file_holdfast_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *HelloResponse) GetIncarnation() uint64 {
@@ -2691,7 +2815,7 @@ type CreateBranchRequest struct {
 
 func (x *CreateBranchRequest) Reset() {
 	*x = CreateBranchRequest{}
-	mi := &file_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2703,7 +2827,7 @@ func (x *CreateBranchRequest) String() string {
 func (*CreateBranchRequest) ProtoMessage() {}
 
 func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[43]
+	mi := &file_holdfast_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2716,7 +2840,7 @@ func (x *CreateBranchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchRequest.ProtoReflect.Descriptor instead.
 func (*CreateBranchRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{43}
+	return file_holdfast_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateBranchRequest) GetProject() string {
@@ -2748,7 +2872,7 @@ type CreateBranchResponse struct {
 
 func (x *CreateBranchResponse) Reset() {
 	*x = CreateBranchResponse{}
-	mi := &file_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2760,7 +2884,7 @@ func (x *CreateBranchResponse) String() string {
 func (*CreateBranchResponse) ProtoMessage() {}
 
 func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[44]
+	mi := &file_holdfast_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2897,7 @@ func (x *CreateBranchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBranchResponse.ProtoReflect.Descriptor instead.
 func (*CreateBranchResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{44}
+	return file_holdfast_proto_rawDescGZIP(), []int{47}
 }
 
 type OpenEpochRequest struct {
@@ -2787,7 +2911,7 @@ type OpenEpochRequest struct {
 
 func (x *OpenEpochRequest) Reset() {
 	*x = OpenEpochRequest{}
-	mi := &file_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2923,7 @@ func (x *OpenEpochRequest) String() string {
 func (*OpenEpochRequest) ProtoMessage() {}
 
 func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[45]
+	mi := &file_holdfast_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2936,7 @@ func (x *OpenEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochRequest.ProtoReflect.Descriptor instead.
 func (*OpenEpochRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{45}
+	return file_holdfast_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *OpenEpochRequest) GetProject() string {
@@ -2847,7 +2971,7 @@ type OpenEpochResponse struct {
 
 func (x *OpenEpochResponse) Reset() {
 	*x = OpenEpochResponse{}
-	mi := &file_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +2983,7 @@ func (x *OpenEpochResponse) String() string {
 func (*OpenEpochResponse) ProtoMessage() {}
 
 func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[46]
+	mi := &file_holdfast_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +2996,7 @@ func (x *OpenEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenEpochResponse.ProtoReflect.Descriptor instead.
 func (*OpenEpochResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{46}
+	return file_holdfast_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *OpenEpochResponse) GetEpoch() uint64 {
@@ -2910,7 +3034,7 @@ type AppendRequest struct {
 
 func (x *AppendRequest) Reset() {
 	*x = AppendRequest{}
-	mi := &file_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +3046,7 @@ func (x *AppendRequest) String() string {
 func (*AppendRequest) ProtoMessage() {}
 
 func (x *AppendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[47]
+	mi := &file_holdfast_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3059,7 @@ func (x *AppendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendRequest.ProtoReflect.Descriptor instead.
 func (*AppendRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{47}
+	return file_holdfast_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AppendRequest) GetProject() string {
@@ -2982,7 +3106,7 @@ type AppendResponse struct {
 
 func (x *AppendResponse) Reset() {
 	*x = AppendResponse{}
-	mi := &file_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2994,7 +3118,7 @@ func (x *AppendResponse) String() string {
 func (*AppendResponse) ProtoMessage() {}
 
 func (x *AppendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[48]
+	mi := &file_holdfast_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3007,7 +3131,7 @@ func (x *AppendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AppendResponse.ProtoReflect.Descriptor instead.
 func (*AppendResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{48}
+	return file_holdfast_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *AppendResponse) GetCommittedLsn() uint64 {
@@ -3029,7 +3153,7 @@ type ReadRequest struct {
 
 func (x *ReadRequest) Reset() {
 	*x = ReadRequest{}
-	mi := &file_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3041,7 +3165,7 @@ func (x *ReadRequest) String() string {
 func (*ReadRequest) ProtoMessage() {}
 
 func (x *ReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[49]
+	mi := &file_holdfast_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3054,7 +3178,7 @@ func (x *ReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadRequest.ProtoReflect.Descriptor instead.
 func (*ReadRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{49}
+	return file_holdfast_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ReadRequest) GetProject() string {
@@ -3095,7 +3219,7 @@ type ReadResponse struct {
 
 func (x *ReadResponse) Reset() {
 	*x = ReadResponse{}
-	mi := &file_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3107,7 +3231,7 @@ func (x *ReadResponse) String() string {
 func (*ReadResponse) ProtoMessage() {}
 
 func (x *ReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[50]
+	mi := &file_holdfast_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3120,7 +3244,7 @@ func (x *ReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
 func (*ReadResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{50}
+	return file_holdfast_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ReadResponse) GetChunks() []*SealedWAL {
@@ -3154,7 +3278,7 @@ type SealedWAL struct {
 
 func (x *SealedWAL) Reset() {
 	*x = SealedWAL{}
-	mi := &file_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3166,7 +3290,7 @@ func (x *SealedWAL) String() string {
 func (*SealedWAL) ProtoMessage() {}
 
 func (x *SealedWAL) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[51]
+	mi := &file_holdfast_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3179,7 +3303,7 @@ func (x *SealedWAL) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedWAL.ProtoReflect.Descriptor instead.
 func (*SealedWAL) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{51}
+	return file_holdfast_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SealedWAL) GetBeginLsn() uint64 {
@@ -3242,7 +3366,7 @@ type ReportDurableRequest struct {
 
 func (x *ReportDurableRequest) Reset() {
 	*x = ReportDurableRequest{}
-	mi := &file_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3254,7 +3378,7 @@ func (x *ReportDurableRequest) String() string {
 func (*ReportDurableRequest) ProtoMessage() {}
 
 func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[52]
+	mi := &file_holdfast_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3267,7 +3391,7 @@ func (x *ReportDurableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableRequest.ProtoReflect.Descriptor instead.
 func (*ReportDurableRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{52}
+	return file_holdfast_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportDurableRequest) GetProject() string {
@@ -3299,7 +3423,7 @@ type ReportDurableResponse struct {
 
 func (x *ReportDurableResponse) Reset() {
 	*x = ReportDurableResponse{}
-	mi := &file_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3311,7 +3435,7 @@ func (x *ReportDurableResponse) String() string {
 func (*ReportDurableResponse) ProtoMessage() {}
 
 func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[53]
+	mi := &file_holdfast_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3324,7 +3448,7 @@ func (x *ReportDurableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportDurableResponse.ProtoReflect.Descriptor instead.
 func (*ReportDurableResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{53}
+	return file_holdfast_proto_rawDescGZIP(), []int{56}
 }
 
 type SafekeeperStatusRequest struct {
@@ -3335,7 +3459,7 @@ type SafekeeperStatusRequest struct {
 
 func (x *SafekeeperStatusRequest) Reset() {
 	*x = SafekeeperStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3347,7 +3471,7 @@ func (x *SafekeeperStatusRequest) String() string {
 func (*SafekeeperStatusRequest) ProtoMessage() {}
 
 func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[54]
+	mi := &file_holdfast_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3360,7 +3484,7 @@ func (x *SafekeeperStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusRequest.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{54}
+	return file_holdfast_proto_rawDescGZIP(), []int{57}
 }
 
 type SafekeeperStatusResponse struct {
@@ -3375,7 +3499,7 @@ type SafekeeperStatusResponse struct {
 
 func (x *SafekeeperStatusResponse) Reset() {
 	*x = SafekeeperStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +3511,7 @@ func (x *SafekeeperStatusResponse) String() string {
 func (*SafekeeperStatusResponse) ProtoMessage() {}
 
 func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[55]
+	mi := &file_holdfast_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +3524,7 @@ func (x *SafekeeperStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SafekeeperStatusResponse.ProtoReflect.Descriptor instead.
 func (*SafekeeperStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{55}
+	return file_holdfast_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SafekeeperStatusResponse) GetNodeId() uint64 {
@@ -3445,7 +3569,7 @@ type GroupStatus struct {
 
 func (x *GroupStatus) Reset() {
 	*x = GroupStatus{}
-	mi := &file_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3581,7 @@ func (x *GroupStatus) String() string {
 func (*GroupStatus) ProtoMessage() {}
 
 func (x *GroupStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[56]
+	mi := &file_holdfast_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3594,7 @@ func (x *GroupStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupStatus.ProtoReflect.Descriptor instead.
 func (*GroupStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{56}
+	return file_holdfast_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GroupStatus) GetGroup() uint64 {
@@ -3529,7 +3653,7 @@ type BranchStatus struct {
 
 func (x *BranchStatus) Reset() {
 	*x = BranchStatus{}
-	mi := &file_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3541,7 +3665,7 @@ func (x *BranchStatus) String() string {
 func (*BranchStatus) ProtoMessage() {}
 
 func (x *BranchStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[57]
+	mi := &file_holdfast_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3554,7 +3678,7 @@ func (x *BranchStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BranchStatus.ProtoReflect.Descriptor instead.
 func (*BranchStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{57}
+	return file_holdfast_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *BranchStatus) GetProject() string {
@@ -3613,7 +3737,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3625,7 +3749,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[58]
+	mi := &file_holdfast_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3638,7 +3762,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{58}
+	return file_holdfast_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RaftMessage) GetGroup() uint64 {
@@ -3677,7 +3801,7 @@ type RaftAck struct {
 
 func (x *RaftAck) Reset() {
 	*x = RaftAck{}
-	mi := &file_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3689,7 +3813,7 @@ func (x *RaftAck) String() string {
 func (*RaftAck) ProtoMessage() {}
 
 func (x *RaftAck) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[59]
+	mi := &file_holdfast_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3702,7 +3826,7 @@ func (x *RaftAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftAck.ProtoReflect.Descriptor instead.
 func (*RaftAck) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{59}
+	return file_holdfast_proto_rawDescGZIP(), []int{62}
 }
 
 type ImportRequest struct {
@@ -3719,7 +3843,7 @@ type ImportRequest struct {
 
 func (x *ImportRequest) Reset() {
 	*x = ImportRequest{}
-	mi := &file_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3731,7 +3855,7 @@ func (x *ImportRequest) String() string {
 func (*ImportRequest) ProtoMessage() {}
 
 func (x *ImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[60]
+	mi := &file_holdfast_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3744,7 +3868,7 @@ func (x *ImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportRequest.ProtoReflect.Descriptor instead.
 func (*ImportRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{60}
+	return file_holdfast_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ImportRequest) GetProject() string {
@@ -3798,7 +3922,7 @@ type ImportResponse struct {
 
 func (x *ImportResponse) Reset() {
 	*x = ImportResponse{}
-	mi := &file_holdfast_proto_msgTypes[61]
+	mi := &file_holdfast_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3810,7 +3934,7 @@ func (x *ImportResponse) String() string {
 func (*ImportResponse) ProtoMessage() {}
 
 func (x *ImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[61]
+	mi := &file_holdfast_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3823,7 +3947,7 @@ func (x *ImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportResponse.ProtoReflect.Descriptor instead.
 func (*ImportResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{61}
+	return file_holdfast_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ImportResponse) GetLsn() uint64 {
@@ -3843,7 +3967,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_holdfast_proto_msgTypes[62]
+	mi := &file_holdfast_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3855,7 +3979,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[62]
+	mi := &file_holdfast_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3868,7 +3992,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{62}
+	return file_holdfast_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AttachRequest) GetProject() string {
@@ -3893,7 +4017,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_holdfast_proto_msgTypes[63]
+	mi := &file_holdfast_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3905,7 +4029,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[63]
+	mi := &file_holdfast_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3918,7 +4042,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{63}
+	return file_holdfast_proto_rawDescGZIP(), []int{66}
 }
 
 type ReadPoint struct {
@@ -3934,7 +4058,7 @@ type ReadPoint struct {
 
 func (x *ReadPoint) Reset() {
 	*x = ReadPoint{}
-	mi := &file_holdfast_proto_msgTypes[64]
+	mi := &file_holdfast_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3946,7 +4070,7 @@ func (x *ReadPoint) String() string {
 func (*ReadPoint) ProtoMessage() {}
 
 func (x *ReadPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[64]
+	mi := &file_holdfast_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3959,7 +4083,7 @@ func (x *ReadPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadPoint.ProtoReflect.Descriptor instead.
 func (*ReadPoint) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{64}
+	return file_holdfast_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ReadPoint) GetProject() string {
@@ -4009,7 +4133,7 @@ type RelFork struct {
 
 func (x *RelFork) Reset() {
 	*x = RelFork{}
-	mi := &file_holdfast_proto_msgTypes[65]
+	mi := &file_holdfast_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4021,7 +4145,7 @@ func (x *RelFork) String() string {
 func (*RelFork) ProtoMessage() {}
 
 func (x *RelFork) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[65]
+	mi := &file_holdfast_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4034,7 +4158,7 @@ func (x *RelFork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelFork.ProtoReflect.Descriptor instead.
 func (*RelFork) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{65}
+	return file_holdfast_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RelFork) GetTablespace() uint32 {
@@ -4078,7 +4202,7 @@ type GetPagesRequest struct {
 
 func (x *GetPagesRequest) Reset() {
 	*x = GetPagesRequest{}
-	mi := &file_holdfast_proto_msgTypes[66]
+	mi := &file_holdfast_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4090,7 +4214,7 @@ func (x *GetPagesRequest) String() string {
 func (*GetPagesRequest) ProtoMessage() {}
 
 func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[66]
+	mi := &file_holdfast_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4103,7 +4227,7 @@ func (x *GetPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesRequest.ProtoReflect.Descriptor instead.
 func (*GetPagesRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{66}
+	return file_holdfast_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *GetPagesRequest) GetAt() *ReadPoint {
@@ -4153,7 +4277,7 @@ type GetPagesResponse struct {
 
 func (x *GetPagesResponse) Reset() {
 	*x = GetPagesResponse{}
-	mi := &file_holdfast_proto_msgTypes[67]
+	mi := &file_holdfast_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4165,7 +4289,7 @@ func (x *GetPagesResponse) String() string {
 func (*GetPagesResponse) ProtoMessage() {}
 
 func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[67]
+	mi := &file_holdfast_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4178,7 +4302,7 @@ func (x *GetPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPagesResponse.ProtoReflect.Descriptor instead.
 func (*GetPagesResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{67}
+	return file_holdfast_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *GetPagesResponse) GetPages() []byte {
@@ -4206,7 +4330,7 @@ type ListRelationsRequest struct {
 
 func (x *ListRelationsRequest) Reset() {
 	*x = ListRelationsRequest{}
-	mi := &file_holdfast_proto_msgTypes[68]
+	mi := &file_holdfast_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4218,7 +4342,7 @@ func (x *ListRelationsRequest) String() string {
 func (*ListRelationsRequest) ProtoMessage() {}
 
 func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[68]
+	mi := &file_holdfast_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4231,7 +4355,7 @@ func (x *ListRelationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRelationsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{68}
+	return file_holdfast_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListRelationsRequest) GetAt() *ReadPoint {
@@ -4265,7 +4389,7 @@ type ListRelationsResponse struct {
 
 func (x *ListRelationsResponse) Reset() {
 	*x = ListRelationsResponse{}
-	mi := &file_holdfast_proto_msgTypes[69]
+	mi := &file_holdfast_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4277,7 +4401,7 @@ func (x *ListRelationsResponse) String() string {
 func (*ListRelationsResponse) ProtoMessage() {}
 
 func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[69]
+	mi := &file_holdfast_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4290,7 +4414,7 @@ func (x *ListRelationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRelationsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{69}
+	return file_holdfast_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListRelationsResponse) GetRelations() []*RelationSize {
@@ -4318,7 +4442,7 @@ type RelationSize struct {
 
 func (x *RelationSize) Reset() {
 	*x = RelationSize{}
-	mi := &file_holdfast_proto_msgTypes[70]
+	mi := &file_holdfast_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4330,7 +4454,7 @@ func (x *RelationSize) String() string {
 func (*RelationSize) ProtoMessage() {}
 
 func (x *RelationSize) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[70]
+	mi := &file_holdfast_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4343,7 +4467,7 @@ func (x *RelationSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelationSize.ProtoReflect.Descriptor instead.
 func (*RelationSize) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{70}
+	return file_holdfast_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *RelationSize) GetRelation() uint32 {
@@ -4377,7 +4501,7 @@ type ListSLRURequest struct {
 
 func (x *ListSLRURequest) Reset() {
 	*x = ListSLRURequest{}
-	mi := &file_holdfast_proto_msgTypes[71]
+	mi := &file_holdfast_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4389,7 +4513,7 @@ func (x *ListSLRURequest) String() string {
 func (*ListSLRURequest) ProtoMessage() {}
 
 func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[71]
+	mi := &file_holdfast_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4402,7 +4526,7 @@ func (x *ListSLRURequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRURequest.ProtoReflect.Descriptor instead.
 func (*ListSLRURequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{71}
+	return file_holdfast_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListSLRURequest) GetAt() *ReadPoint {
@@ -4429,7 +4553,7 @@ type ListSLRUResponse struct {
 
 func (x *ListSLRUResponse) Reset() {
 	*x = ListSLRUResponse{}
-	mi := &file_holdfast_proto_msgTypes[72]
+	mi := &file_holdfast_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4441,7 +4565,7 @@ func (x *ListSLRUResponse) String() string {
 func (*ListSLRUResponse) ProtoMessage() {}
 
 func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[72]
+	mi := &file_holdfast_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4454,7 +4578,7 @@ func (x *ListSLRUResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSLRUResponse.ProtoReflect.Descriptor instead.
 func (*ListSLRUResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{72}
+	return file_holdfast_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListSLRUResponse) GetPages() []uint32 {
@@ -4480,7 +4604,7 @@ type StartupStateRequest struct {
 
 func (x *StartupStateRequest) Reset() {
 	*x = StartupStateRequest{}
-	mi := &file_holdfast_proto_msgTypes[73]
+	mi := &file_holdfast_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4492,7 +4616,7 @@ func (x *StartupStateRequest) String() string {
 func (*StartupStateRequest) ProtoMessage() {}
 
 func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[73]
+	mi := &file_holdfast_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4505,7 +4629,7 @@ func (x *StartupStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateRequest.ProtoReflect.Descriptor instead.
 func (*StartupStateRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{73}
+	return file_holdfast_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *StartupStateRequest) GetAt() *ReadPoint {
@@ -4529,7 +4653,7 @@ type StartupStateResponse struct {
 
 func (x *StartupStateResponse) Reset() {
 	*x = StartupStateResponse{}
-	mi := &file_holdfast_proto_msgTypes[74]
+	mi := &file_holdfast_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4541,7 +4665,7 @@ func (x *StartupStateResponse) String() string {
 func (*StartupStateResponse) ProtoMessage() {}
 
 func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[74]
+	mi := &file_holdfast_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4554,7 +4678,7 @@ func (x *StartupStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartupStateResponse.ProtoReflect.Descriptor instead.
 func (*StartupStateResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{74}
+	return file_holdfast_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *StartupStateResponse) GetLsn() uint64 {
@@ -4609,7 +4733,7 @@ type NamedFile struct {
 
 func (x *NamedFile) Reset() {
 	*x = NamedFile{}
-	mi := &file_holdfast_proto_msgTypes[75]
+	mi := &file_holdfast_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4621,7 +4745,7 @@ func (x *NamedFile) String() string {
 func (*NamedFile) ProtoMessage() {}
 
 func (x *NamedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[75]
+	mi := &file_holdfast_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4634,7 +4758,7 @@ func (x *NamedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedFile.ProtoReflect.Descriptor instead.
 func (*NamedFile) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{75}
+	return file_holdfast_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *NamedFile) GetPath() string {
@@ -4659,7 +4783,7 @@ type PageServerStatusRequest struct {
 
 func (x *PageServerStatusRequest) Reset() {
 	*x = PageServerStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[76]
+	mi := &file_holdfast_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4671,7 +4795,7 @@ func (x *PageServerStatusRequest) String() string {
 func (*PageServerStatusRequest) ProtoMessage() {}
 
 func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[76]
+	mi := &file_holdfast_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4684,7 +4808,7 @@ func (x *PageServerStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusRequest.ProtoReflect.Descriptor instead.
 func (*PageServerStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{76}
+	return file_holdfast_proto_rawDescGZIP(), []int{79}
 }
 
 type PageServerStatusResponse struct {
@@ -4696,7 +4820,7 @@ type PageServerStatusResponse struct {
 
 func (x *PageServerStatusResponse) Reset() {
 	*x = PageServerStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[77]
+	mi := &file_holdfast_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4708,7 +4832,7 @@ func (x *PageServerStatusResponse) String() string {
 func (*PageServerStatusResponse) ProtoMessage() {}
 
 func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[77]
+	mi := &file_holdfast_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4721,7 +4845,7 @@ func (x *PageServerStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerStatusResponse.ProtoReflect.Descriptor instead.
 func (*PageServerStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{77}
+	return file_holdfast_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *PageServerStatusResponse) GetBranches() []*PageServerBranch {
@@ -4748,7 +4872,7 @@ type PageServerBranch struct {
 
 func (x *PageServerBranch) Reset() {
 	*x = PageServerBranch{}
-	mi := &file_holdfast_proto_msgTypes[78]
+	mi := &file_holdfast_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4760,7 +4884,7 @@ func (x *PageServerBranch) String() string {
 func (*PageServerBranch) ProtoMessage() {}
 
 func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[78]
+	mi := &file_holdfast_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4773,7 +4897,7 @@ func (x *PageServerBranch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageServerBranch.ProtoReflect.Descriptor instead.
 func (*PageServerBranch) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{78}
+	return file_holdfast_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *PageServerBranch) GetProject() string {
@@ -4854,7 +4978,7 @@ type RedoCheck struct {
 
 func (x *RedoCheck) Reset() {
 	*x = RedoCheck{}
-	mi := &file_holdfast_proto_msgTypes[79]
+	mi := &file_holdfast_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4866,7 +4990,7 @@ func (x *RedoCheck) String() string {
 func (*RedoCheck) ProtoMessage() {}
 
 func (x *RedoCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[79]
+	mi := &file_holdfast_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4879,7 +5003,7 @@ func (x *RedoCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedoCheck.ProtoReflect.Descriptor instead.
 func (*RedoCheck) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{79}
+	return file_holdfast_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RedoCheck) GetRecord() string {
@@ -4917,6 +5041,282 @@ func (x *RedoCheck) GetFirst() string {
 	return ""
 }
 
+type ListBranchesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBranchesRequest) Reset() {
+	*x = ListBranchesRequest{}
+	mi := &file_holdfast_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBranchesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBranchesRequest) ProtoMessage() {}
+
+func (x *ListBranchesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBranchesRequest.ProtoReflect.Descriptor instead.
+func (*ListBranchesRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{83}
+}
+
+type ListBranchesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Branches      []*ManagedBranch       `protobuf:"bytes,1,rep,name=branches,proto3" json:"branches,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBranchesResponse) Reset() {
+	*x = ListBranchesResponse{}
+	mi := &file_holdfast_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBranchesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBranchesResponse) ProtoMessage() {}
+
+func (x *ListBranchesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBranchesResponse.ProtoReflect.Descriptor instead.
+func (*ListBranchesResponse) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *ListBranchesResponse) GetBranches() []*ManagedBranch {
+	if x != nil {
+		return x.Branches
+	}
+	return nil
+}
+
+type ManagedBranch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Project       string                 `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	OwnKey        bool                   `protobuf:"varint,4,opt,name=own_key,json=ownKey,proto3" json:"own_key,omitempty"`
+	Endpoints     []*Endpoint            `protobuf:"bytes,5,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ManagedBranch) Reset() {
+	*x = ManagedBranch{}
+	mi := &file_holdfast_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ManagedBranch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ManagedBranch) ProtoMessage() {}
+
+func (x *ManagedBranch) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ManagedBranch.ProtoReflect.Descriptor instead.
+func (*ManagedBranch) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *ManagedBranch) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ManagedBranch) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *ManagedBranch) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ManagedBranch) GetOwnKey() bool {
+	if x != nil {
+		return x.OwnKey
+	}
+	return false
+}
+
+func (x *ManagedBranch) GetEndpoints() []*Endpoint {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
+}
+
+type MakeBranchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"` // empty: the only one
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	OwnKey        bool                   `protobuf:"varint,3,opt,name=own_key,json=ownKey,proto3" json:"own_key,omitempty"`
+	Cmk           string                 `protobuf:"bytes,4,opt,name=cmk,proto3" json:"cmk,omitempty"`       // of a key of its own; empty: the project's
+	Listen        string                 `protobuf:"bytes,5,opt,name=listen,proto3" json:"listen,omitempty"` // HOST:PORT of its endpoint; empty: a free port of loopback
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MakeBranchRequest) Reset() {
+	*x = MakeBranchRequest{}
+	mi := &file_holdfast_proto_msgTypes[86]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MakeBranchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MakeBranchRequest) ProtoMessage() {}
+
+func (x *MakeBranchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[86]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MakeBranchRequest.ProtoReflect.Descriptor instead.
+func (*MakeBranchRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{86}
+}
+
+func (x *MakeBranchRequest) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *MakeBranchRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MakeBranchRequest) GetOwnKey() bool {
+	if x != nil {
+		return x.OwnKey
+	}
+	return false
+}
+
+func (x *MakeBranchRequest) GetCmk() string {
+	if x != nil {
+		return x.Cmk
+	}
+	return ""
+}
+
+func (x *MakeBranchRequest) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+type RemoveBranchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveBranchRequest) Reset() {
+	*x = RemoveBranchRequest{}
+	mi := &file_holdfast_proto_msgTypes[87]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveBranchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveBranchRequest) ProtoMessage() {}
+
+func (x *RemoveBranchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_proto_msgTypes[87]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveBranchRequest.ProtoReflect.Descriptor instead.
+func (*RemoveBranchRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_proto_rawDescGZIP(), []int{87}
+}
+
+func (x *RemoveBranchRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type ManagerRotateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
@@ -4927,7 +5327,7 @@ type ManagerRotateRequest struct {
 
 func (x *ManagerRotateRequest) Reset() {
 	*x = ManagerRotateRequest{}
-	mi := &file_holdfast_proto_msgTypes[80]
+	mi := &file_holdfast_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4939,7 +5339,7 @@ func (x *ManagerRotateRequest) String() string {
 func (*ManagerRotateRequest) ProtoMessage() {}
 
 func (x *ManagerRotateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[80]
+	mi := &file_holdfast_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4952,7 +5352,7 @@ func (x *ManagerRotateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ManagerRotateRequest.ProtoReflect.Descriptor instead.
 func (*ManagerRotateRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{80}
+	return file_holdfast_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ManagerRotateRequest) GetKey() *KeyRef {
@@ -4983,7 +5383,7 @@ type KeyUsesResponse struct {
 
 func (x *KeyUsesResponse) Reset() {
 	*x = KeyUsesResponse{}
-	mi := &file_holdfast_proto_msgTypes[81]
+	mi := &file_holdfast_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4995,7 +5395,7 @@ func (x *KeyUsesResponse) String() string {
 func (*KeyUsesResponse) ProtoMessage() {}
 
 func (x *KeyUsesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[81]
+	mi := &file_holdfast_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5008,7 +5408,7 @@ func (x *KeyUsesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyUsesResponse.ProtoReflect.Descriptor instead.
 func (*KeyUsesResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{81}
+	return file_holdfast_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *KeyUsesResponse) GetVersions() *KeyVersionsResponse {
@@ -5056,14 +5456,15 @@ func (x *KeyUsesResponse) GetBytesWritten() int64 {
 type RehearseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Project       string                 `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
-	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`
+	Cmk           string                 `protobuf:"bytes,2,opt,name=cmk,proto3" json:"cmk,omitempty"`                                             // empty: the project's
+	WaitForDenial bool                   `protobuf:"varint,3,opt,name=wait_for_denial,json=waitForDenial,proto3" json:"wait_for_denial,omitempty"` // the customer disables the CMK by hand, and enables it again; else the branch's key alone is held back
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RehearseRequest) Reset() {
 	*x = RehearseRequest{}
-	mi := &file_holdfast_proto_msgTypes[82]
+	mi := &file_holdfast_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5075,7 +5476,7 @@ func (x *RehearseRequest) String() string {
 func (*RehearseRequest) ProtoMessage() {}
 
 func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[82]
+	mi := &file_holdfast_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5088,7 +5489,7 @@ func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RehearseRequest.ProtoReflect.Descriptor instead.
 func (*RehearseRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{82}
+	return file_holdfast_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *RehearseRequest) GetProject() string {
@@ -5105,6 +5506,13 @@ func (x *RehearseRequest) GetCmk() string {
 	return ""
 }
 
+func (x *RehearseRequest) GetWaitForDenial() bool {
+	if x != nil {
+		return x.WaitForDenial
+	}
+	return false
+}
+
 type RehearseEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`                    // in words
@@ -5117,7 +5525,7 @@ type RehearseEvent struct {
 
 func (x *RehearseEvent) Reset() {
 	*x = RehearseEvent{}
-	mi := &file_holdfast_proto_msgTypes[83]
+	mi := &file_holdfast_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5129,7 +5537,7 @@ func (x *RehearseEvent) String() string {
 func (*RehearseEvent) ProtoMessage() {}
 
 func (x *RehearseEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[83]
+	mi := &file_holdfast_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5142,7 +5550,7 @@ func (x *RehearseEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RehearseEvent.ProtoReflect.Descriptor instead.
 func (*RehearseEvent) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{83}
+	return file_holdfast_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RehearseEvent) GetStep() string {
@@ -5183,7 +5591,7 @@ type CredentialsResponse struct {
 
 func (x *CredentialsResponse) Reset() {
 	*x = CredentialsResponse{}
-	mi := &file_holdfast_proto_msgTypes[84]
+	mi := &file_holdfast_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5195,7 +5603,7 @@ func (x *CredentialsResponse) String() string {
 func (*CredentialsResponse) ProtoMessage() {}
 
 func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[84]
+	mi := &file_holdfast_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5208,7 +5616,7 @@ func (x *CredentialsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CredentialsResponse.ProtoReflect.Descriptor instead.
 func (*CredentialsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{84}
+	return file_holdfast_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *CredentialsResponse) GetUser() string {
@@ -5233,7 +5641,7 @@ type ClusterStatusRequest struct {
 
 func (x *ClusterStatusRequest) Reset() {
 	*x = ClusterStatusRequest{}
-	mi := &file_holdfast_proto_msgTypes[85]
+	mi := &file_holdfast_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5245,7 +5653,7 @@ func (x *ClusterStatusRequest) String() string {
 func (*ClusterStatusRequest) ProtoMessage() {}
 
 func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[85]
+	mi := &file_holdfast_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5258,7 +5666,7 @@ func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{85}
+	return file_holdfast_proto_rawDescGZIP(), []int{93}
 }
 
 // A part that does not answer is left out and named in errors.
@@ -5275,7 +5683,7 @@ type ClusterStatusResponse struct {
 
 func (x *ClusterStatusResponse) Reset() {
 	*x = ClusterStatusResponse{}
-	mi := &file_holdfast_proto_msgTypes[86]
+	mi := &file_holdfast_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5287,7 +5695,7 @@ func (x *ClusterStatusResponse) String() string {
 func (*ClusterStatusResponse) ProtoMessage() {}
 
 func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[86]
+	mi := &file_holdfast_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5300,7 +5708,7 @@ func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{86}
+	return file_holdfast_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ClusterStatusResponse) GetEndpoints() []*Endpoint {
@@ -5348,7 +5756,7 @@ type ProjectKeyStatus struct {
 
 func (x *ProjectKeyStatus) Reset() {
 	*x = ProjectKeyStatus{}
-	mi := &file_holdfast_proto_msgTypes[87]
+	mi := &file_holdfast_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5360,7 +5768,7 @@ func (x *ProjectKeyStatus) String() string {
 func (*ProjectKeyStatus) ProtoMessage() {}
 
 func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[87]
+	mi := &file_holdfast_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5373,7 +5781,7 @@ func (x *ProjectKeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProjectKeyStatus.ProtoReflect.Descriptor instead.
 func (*ProjectKeyStatus) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{87}
+	return file_holdfast_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ProjectKeyStatus) GetProject() string {
@@ -5398,7 +5806,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_holdfast_proto_msgTypes[88]
+	mi := &file_holdfast_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5410,7 +5818,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[88]
+	mi := &file_holdfast_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5423,7 +5831,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{88}
+	return file_holdfast_proto_rawDescGZIP(), []int{96}
 }
 
 type ListEndpointsResponse struct {
@@ -5435,7 +5843,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_holdfast_proto_msgTypes[89]
+	mi := &file_holdfast_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5447,7 +5855,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[89]
+	mi := &file_holdfast_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5460,7 +5868,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{89}
+	return file_holdfast_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -5481,7 +5889,7 @@ type EndpointRequest struct {
 
 func (x *EndpointRequest) Reset() {
 	*x = EndpointRequest{}
-	mi := &file_holdfast_proto_msgTypes[90]
+	mi := &file_holdfast_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5493,7 +5901,7 @@ func (x *EndpointRequest) String() string {
 func (*EndpointRequest) ProtoMessage() {}
 
 func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[90]
+	mi := &file_holdfast_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5506,7 +5914,7 @@ func (x *EndpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointRequest.ProtoReflect.Descriptor instead.
 func (*EndpointRequest) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{90}
+	return file_holdfast_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *EndpointRequest) GetName() string {
@@ -5539,7 +5947,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_holdfast_proto_msgTypes[91]
+	mi := &file_holdfast_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5551,7 +5959,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_holdfast_proto_msgTypes[91]
+	mi := &file_holdfast_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5564,7 +5972,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_holdfast_proto_rawDescGZIP(), []int{91}
+	return file_holdfast_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *Endpoint) GetName() string {
@@ -5644,7 +6052,8 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x0fKEY_UNREACHABLE\x10\x05\x12\x16\n" +
 	"\x12UNSUPPORTED_RECORD\x10\x06\x12\v\n" +
 	"\aBAD_WAL\x10\a\x12\r\n" +
-	"\tTRUNCATED\x10\b\":\n" +
+	"\tTRUNCATED\x10\b\"\x1a\n" +
+	"\x18DestroyBranchKeyResponse\":\n" +
 	"\x06KeyRef\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
 	"\x06branch\x18\x02 \x01(\tR\x06branch\"p\n" +
@@ -5822,7 +6231,11 @@ const file_holdfast_proto_rawDesc = "" +
 	"\trewrapped\x18\x01 \x01(\x03R\trewrapped\x12#\n" +
 	"\rbytes_written\x18\x02 \x01(\x03R\fbytesWritten\x12\x1f\n" +
 	"\vkek_version\x18\x03 \x01(\rR\n" +
-	"kekVersion\"_\n" +
+	"kekVersion\"G\n" +
+	"\x13DeleteBranchRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
+	"\x06branch\x18\x02 \x01(\tR\x06branch\"\x16\n" +
+	"\x14DeleteBranchResponse\"_\n" +
 	"\fHelloRequest\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\x04R\x05group\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\x04R\x06nodeId\x12 \n" +
@@ -5998,7 +6411,24 @@ const file_holdfast_proto_rawDesc = "" +
 	"mismatches\x18\x03 \x01(\x04R\n" +
 	"mismatches\x12\x16\n" +
 	"\x06failed\x18\x04 \x01(\x04R\x06failed\x12\x14\n" +
-	"\x05first\x18\x05 \x01(\tR\x05first\"^\n" +
+	"\x05first\x18\x05 \x01(\tR\x05first\"\x15\n" +
+	"\x13ListBranchesRequest\"N\n" +
+	"\x14ListBranchesResponse\x126\n" +
+	"\bbranches\x18\x01 \x03(\v2\x1a.holdfast.v1.ManagedBranchR\bbranches\"\x9b\x01\n" +
+	"\rManagedBranch\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aproject\x18\x02 \x01(\tR\aproject\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x17\n" +
+	"\aown_key\x18\x04 \x01(\bR\x06ownKey\x123\n" +
+	"\tendpoints\x18\x05 \x03(\v2\x15.holdfast.v1.EndpointR\tendpoints\"\x84\x01\n" +
+	"\x11MakeBranchRequest\x12\x18\n" +
+	"\aproject\x18\x01 \x01(\tR\aproject\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x17\n" +
+	"\aown_key\x18\x03 \x01(\bR\x06ownKey\x12\x10\n" +
+	"\x03cmk\x18\x04 \x01(\tR\x03cmk\x12\x16\n" +
+	"\x06listen\x18\x05 \x01(\tR\x06listen\")\n" +
+	"\x13RemoveBranchRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"^\n" +
 	"\x14ManagerRotateRequest\x12%\n" +
 	"\x03key\x18\x01 \x01(\v2\x13.holdfast.v1.KeyRefR\x03key\x12\x1f\n" +
 	"\vfinish_only\x18\x02 \x01(\bR\n" +
@@ -6009,10 +6439,11 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x06errors\x18\x03 \x03(\tR\x06errors\x12$\n" +
 	"\x0emay_be_retired\x18\x04 \x03(\rR\fmayBeRetired\x12\x1c\n" +
 	"\trewrapped\x18\x05 \x01(\x03R\trewrapped\x12#\n" +
-	"\rbytes_written\x18\x06 \x01(\x03R\fbytesWritten\"=\n" +
+	"\rbytes_written\x18\x06 \x01(\x03R\fbytesWritten\"e\n" +
 	"\x0fRehearseRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x10\n" +
-	"\x03cmk\x18\x02 \x01(\tR\x03cmk\"\x86\x01\n" +
+	"\x03cmk\x18\x02 \x01(\tR\x03cmk\x12&\n" +
+	"\x0fwait_for_denial\x18\x03 \x01(\bR\rwaitForDenial\"\x86\x01\n" +
 	"\rRehearseEvent\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x17\n" +
 	"\atook_us\x18\x02 \x01(\x03R\x06tookUs\x12\x18\n" +
@@ -6060,7 +6491,7 @@ const file_holdfast_proto_rawDesc = "" +
 	"RewrapDEKs\x12\x1e.holdfast.v1.UnwrapDEKsRequest\x1a\x1f.holdfast.v1.RewrapDEKsResponse\x12<\n" +
 	"\x05Watch\x12\x19.holdfast.v1.WatchRequest\x1a\x16.holdfast.v1.KeyNotice0\x01\x12I\n" +
 	"\vReportShred\x12\x18.holdfast.v1.ShredReport\x1a .holdfast.v1.ReportShredResponse\x12J\n" +
-	"\tKeyStatus\x12\x1d.holdfast.v1.KeyStatusRequest\x1a\x1e.holdfast.v1.KeyStatusResponse2\xdf\x05\n" +
+	"\tKeyStatus\x12\x1d.holdfast.v1.KeyStatusRequest\x1a\x1e.holdfast.v1.KeyStatusResponse2\xaf\x06\n" +
 	"\bKeyAdmin\x12J\n" +
 	"\tRevokeKey\x12\x1d.holdfast.v1.RevokeKeyRequest\x1a\x1e.holdfast.v1.KeyStatusResponse\x12@\n" +
 	"\tResumeKey\x12\x13.holdfast.v1.KeyRef\x1a\x1e.holdfast.v1.KeyStatusResponse\x12J\n" +
@@ -6071,7 +6502,8 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x06Rewrap\x12\x1a.holdfast.v1.RewrapRequest\x1a .holdfast.v1.KeyVersionsResponse\x12B\n" +
 	"\tRotateKEK\x12\x13.holdfast.v1.KeyRef\x1a .holdfast.v1.KeyVersionsResponse\x12L\n" +
 	"\tRetireKEK\x12\x1d.holdfast.v1.RetireKEKRequest\x1a .holdfast.v1.KeyVersionsResponse\x12D\n" +
-	"\vKeyVersions\x12\x13.holdfast.v1.KeyRef\x1a .holdfast.v1.KeyVersionsResponse2\xf6\x05\n" +
+	"\vKeyVersions\x12\x13.holdfast.v1.KeyRef\x1a .holdfast.v1.KeyVersionsResponse\x12N\n" +
+	"\x10DestroyBranchKey\x12\x13.holdfast.v1.KeyRef\x1a%.holdfast.v1.DestroyBranchKeyResponse2\xcb\x06\n" +
 	"\n" +
 	"Safekeeper\x12S\n" +
 	"\fCreateBranch\x12 .holdfast.v1.CreateBranchRequest\x1a!.holdfast.v1.CreateBranchResponse\x12J\n" +
@@ -6083,7 +6515,8 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x04Raft\x12\x18.holdfast.v1.RaftMessage\x1a\x14.holdfast.v1.RaftAck(\x010\x01\x12>\n" +
 	"\x05Hello\x12\x19.holdfast.v1.HelloRequest\x1a\x1a.holdfast.v1.HelloResponse\x12A\n" +
 	"\x06KeyUse\x12\x1a.holdfast.v1.KeyUseRequest\x1a\x1b.holdfast.v1.KeyUseResponse\x12S\n" +
-	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse2\xc2\x05\n" +
+	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse\x12S\n" +
+	"\fDeleteBranch\x12 .holdfast.v1.DeleteBranchRequest\x1a!.holdfast.v1.DeleteBranchResponse2\x97\x06\n" +
 	"\n" +
 	"PageServer\x12C\n" +
 	"\x06Import\x12\x1a.holdfast.v1.ImportRequest\x1a\x1b.holdfast.v1.ImportResponse(\x01\x12A\n" +
@@ -6094,7 +6527,8 @@ const file_holdfast_proto_rawDesc = "" +
 	"\fStartupState\x12 .holdfast.v1.StartupStateRequest\x1a!.holdfast.v1.StartupStateResponse\x12U\n" +
 	"\x06Status\x12$.holdfast.v1.PageServerStatusRequest\x1a%.holdfast.v1.PageServerStatusResponse\x12A\n" +
 	"\x06KeyUse\x12\x1a.holdfast.v1.KeyUseRequest\x1a\x1b.holdfast.v1.KeyUseResponse\x12S\n" +
-	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse2\xac\x05\n" +
+	"\fRewrapBranch\x12 .holdfast.v1.RewrapBranchRequest\x1a!.holdfast.v1.RewrapBranchResponse\x12S\n" +
+	"\fDeleteBranch\x12 .holdfast.v1.DeleteBranchRequest\x1a!.holdfast.v1.DeleteBranchResponse2\xa2\a\n" +
 	"\aManager\x12V\n" +
 	"\rListEndpoints\x12!.holdfast.v1.ListEndpointsRequest\x1a\".holdfast.v1.ListEndpointsResponse\x12D\n" +
 	"\rStartEndpoint\x12\x1c.holdfast.v1.EndpointRequest\x1a\x15.holdfast.v1.Endpoint\x12C\n" +
@@ -6104,7 +6538,10 @@ const file_holdfast_proto_rawDesc = "" +
 	"\rClusterStatus\x12!.holdfast.v1.ClusterStatusRequest\x1a\".holdfast.v1.ClusterStatusResponse\x12<\n" +
 	"\aKeyUses\x12\x13.holdfast.v1.KeyRef\x1a\x1c.holdfast.v1.KeyUsesResponse\x12L\n" +
 	"\tRotateKEK\x12!.holdfast.v1.ManagerRotateRequest\x1a\x1c.holdfast.v1.KeyUsesResponse\x12F\n" +
-	"\bRehearse\x12\x1c.holdfast.v1.RehearseRequest\x1a\x1a.holdfast.v1.RehearseEvent0\x01B0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
+	"\bRehearse\x12\x1c.holdfast.v1.RehearseRequest\x1a\x1a.holdfast.v1.RehearseEvent0\x01\x12S\n" +
+	"\fListBranches\x12 .holdfast.v1.ListBranchesRequest\x1a!.holdfast.v1.ListBranchesResponse\x12J\n" +
+	"\fCreateBranch\x12\x1e.holdfast.v1.MakeBranchRequest\x1a\x1a.holdfast.v1.ManagedBranch\x12S\n" +
+	"\fDeleteBranch\x12 .holdfast.v1.RemoveBranchRequest\x1a!.holdfast.v1.DeleteBranchResponseB0Z.github.com/holdfastdb/holdfast/internal/api/pbb\x06proto3"
 
 var (
 	file_holdfast_proto_rawDescOnce sync.Once
@@ -6119,240 +6556,262 @@ func file_holdfast_proto_rawDescGZIP() []byte {
 }
 
 var file_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
+var file_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 100)
 var file_holdfast_proto_goTypes = []any{
 	(ErrorDetail_Reason)(0),          // 0: holdfast.v1.ErrorDetail.Reason
 	(*ErrorDetail)(nil),              // 1: holdfast.v1.ErrorDetail
-	(*KeyRef)(nil),                   // 2: holdfast.v1.KeyRef
-	(*DEKContext)(nil),               // 3: holdfast.v1.DEKContext
-	(*CreateProjectRequest)(nil),     // 4: holdfast.v1.CreateProjectRequest
-	(*CreateProjectResponse)(nil),    // 5: holdfast.v1.CreateProjectResponse
-	(*CreateBranchKeyRequest)(nil),   // 6: holdfast.v1.CreateBranchKeyRequest
-	(*CreateBranchKeyResponse)(nil),  // 7: holdfast.v1.CreateBranchKeyResponse
-	(*LeaseRequest)(nil),             // 8: holdfast.v1.LeaseRequest
-	(*LeaseResponse)(nil),            // 9: holdfast.v1.LeaseResponse
-	(*GenerateDEKsRequest)(nil),      // 10: holdfast.v1.GenerateDEKsRequest
-	(*GenerateDEKsResponse)(nil),     // 11: holdfast.v1.GenerateDEKsResponse
-	(*DEK)(nil),                      // 12: holdfast.v1.DEK
-	(*WrappedDEK)(nil),               // 13: holdfast.v1.WrappedDEK
-	(*UnwrapDEKsRequest)(nil),        // 14: holdfast.v1.UnwrapDEKsRequest
-	(*UnwrapDEKsResponse)(nil),       // 15: holdfast.v1.UnwrapDEKsResponse
-	(*RewrapDEKsResponse)(nil),       // 16: holdfast.v1.RewrapDEKsResponse
-	(*WatchRequest)(nil),             // 17: holdfast.v1.WatchRequest
-	(*KeyNotice)(nil),                // 18: holdfast.v1.KeyNotice
-	(*ShredReport)(nil),              // 19: holdfast.v1.ShredReport
-	(*ReportShredResponse)(nil),      // 20: holdfast.v1.ReportShredResponse
-	(*KeyStatusRequest)(nil),         // 21: holdfast.v1.KeyStatusRequest
-	(*KeyStatusResponse)(nil),        // 22: holdfast.v1.KeyStatusResponse
-	(*KeyHolder)(nil),                // 23: holdfast.v1.KeyHolder
-	(*RevokeKeyRequest)(nil),         // 24: holdfast.v1.RevokeKeyRequest
-	(*CheckKeysRequest)(nil),         // 25: holdfast.v1.CheckKeysRequest
-	(*CheckKeysResponse)(nil),        // 26: holdfast.v1.CheckKeysResponse
-	(*ListKeysRequest)(nil),          // 27: holdfast.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),         // 28: holdfast.v1.ListKeysResponse
-	(*SetGraceRequest)(nil),          // 29: holdfast.v1.SetGraceRequest
-	(*ListReceiptsResponse)(nil),     // 30: holdfast.v1.ListReceiptsResponse
-	(*Receipt)(nil),                  // 31: holdfast.v1.Receipt
-	(*ReceiptEntry)(nil),             // 32: holdfast.v1.ReceiptEntry
-	(*RewrapRequest)(nil),            // 33: holdfast.v1.RewrapRequest
-	(*RetireKEKRequest)(nil),         // 34: holdfast.v1.RetireKEKRequest
-	(*KeyVersionsResponse)(nil),      // 35: holdfast.v1.KeyVersionsResponse
-	(*KEKVersion)(nil),               // 36: holdfast.v1.KEKVersion
-	(*KeyUseRequest)(nil),            // 37: holdfast.v1.KeyUseRequest
-	(*KeyUseResponse)(nil),           // 38: holdfast.v1.KeyUseResponse
-	(*KeyUse)(nil),                   // 39: holdfast.v1.KeyUse
-	(*RewrapBranchRequest)(nil),      // 40: holdfast.v1.RewrapBranchRequest
-	(*RewrapBranchResponse)(nil),     // 41: holdfast.v1.RewrapBranchResponse
-	(*HelloRequest)(nil),             // 42: holdfast.v1.HelloRequest
-	(*HelloResponse)(nil),            // 43: holdfast.v1.HelloResponse
-	(*CreateBranchRequest)(nil),      // 44: holdfast.v1.CreateBranchRequest
-	(*CreateBranchResponse)(nil),     // 45: holdfast.v1.CreateBranchResponse
-	(*OpenEpochRequest)(nil),         // 46: holdfast.v1.OpenEpochRequest
-	(*OpenEpochResponse)(nil),        // 47: holdfast.v1.OpenEpochResponse
-	(*AppendRequest)(nil),            // 48: holdfast.v1.AppendRequest
-	(*AppendResponse)(nil),           // 49: holdfast.v1.AppendResponse
-	(*ReadRequest)(nil),              // 50: holdfast.v1.ReadRequest
-	(*ReadResponse)(nil),             // 51: holdfast.v1.ReadResponse
-	(*SealedWAL)(nil),                // 52: holdfast.v1.SealedWAL
-	(*ReportDurableRequest)(nil),     // 53: holdfast.v1.ReportDurableRequest
-	(*ReportDurableResponse)(nil),    // 54: holdfast.v1.ReportDurableResponse
-	(*SafekeeperStatusRequest)(nil),  // 55: holdfast.v1.SafekeeperStatusRequest
-	(*SafekeeperStatusResponse)(nil), // 56: holdfast.v1.SafekeeperStatusResponse
-	(*GroupStatus)(nil),              // 57: holdfast.v1.GroupStatus
-	(*BranchStatus)(nil),             // 58: holdfast.v1.BranchStatus
-	(*RaftMessage)(nil),              // 59: holdfast.v1.RaftMessage
-	(*RaftAck)(nil),                  // 60: holdfast.v1.RaftAck
-	(*ImportRequest)(nil),            // 61: holdfast.v1.ImportRequest
-	(*ImportResponse)(nil),           // 62: holdfast.v1.ImportResponse
-	(*AttachRequest)(nil),            // 63: holdfast.v1.AttachRequest
-	(*AttachResponse)(nil),           // 64: holdfast.v1.AttachResponse
-	(*ReadPoint)(nil),                // 65: holdfast.v1.ReadPoint
-	(*RelFork)(nil),                  // 66: holdfast.v1.RelFork
-	(*GetPagesRequest)(nil),          // 67: holdfast.v1.GetPagesRequest
-	(*GetPagesResponse)(nil),         // 68: holdfast.v1.GetPagesResponse
-	(*ListRelationsRequest)(nil),     // 69: holdfast.v1.ListRelationsRequest
-	(*ListRelationsResponse)(nil),    // 70: holdfast.v1.ListRelationsResponse
-	(*RelationSize)(nil),             // 71: holdfast.v1.RelationSize
-	(*ListSLRURequest)(nil),          // 72: holdfast.v1.ListSLRURequest
-	(*ListSLRUResponse)(nil),         // 73: holdfast.v1.ListSLRUResponse
-	(*StartupStateRequest)(nil),      // 74: holdfast.v1.StartupStateRequest
-	(*StartupStateResponse)(nil),     // 75: holdfast.v1.StartupStateResponse
-	(*NamedFile)(nil),                // 76: holdfast.v1.NamedFile
-	(*PageServerStatusRequest)(nil),  // 77: holdfast.v1.PageServerStatusRequest
-	(*PageServerStatusResponse)(nil), // 78: holdfast.v1.PageServerStatusResponse
-	(*PageServerBranch)(nil),         // 79: holdfast.v1.PageServerBranch
-	(*RedoCheck)(nil),                // 80: holdfast.v1.RedoCheck
-	(*ManagerRotateRequest)(nil),     // 81: holdfast.v1.ManagerRotateRequest
-	(*KeyUsesResponse)(nil),          // 82: holdfast.v1.KeyUsesResponse
-	(*RehearseRequest)(nil),          // 83: holdfast.v1.RehearseRequest
-	(*RehearseEvent)(nil),            // 84: holdfast.v1.RehearseEvent
-	(*CredentialsResponse)(nil),      // 85: holdfast.v1.CredentialsResponse
-	(*ClusterStatusRequest)(nil),     // 86: holdfast.v1.ClusterStatusRequest
-	(*ClusterStatusResponse)(nil),    // 87: holdfast.v1.ClusterStatusResponse
-	(*ProjectKeyStatus)(nil),         // 88: holdfast.v1.ProjectKeyStatus
-	(*ListEndpointsRequest)(nil),     // 89: holdfast.v1.ListEndpointsRequest
-	(*ListEndpointsResponse)(nil),    // 90: holdfast.v1.ListEndpointsResponse
-	(*EndpointRequest)(nil),          // 91: holdfast.v1.EndpointRequest
-	(*Endpoint)(nil),                 // 92: holdfast.v1.Endpoint
+	(*DestroyBranchKeyResponse)(nil), // 2: holdfast.v1.DestroyBranchKeyResponse
+	(*KeyRef)(nil),                   // 3: holdfast.v1.KeyRef
+	(*DEKContext)(nil),               // 4: holdfast.v1.DEKContext
+	(*CreateProjectRequest)(nil),     // 5: holdfast.v1.CreateProjectRequest
+	(*CreateProjectResponse)(nil),    // 6: holdfast.v1.CreateProjectResponse
+	(*CreateBranchKeyRequest)(nil),   // 7: holdfast.v1.CreateBranchKeyRequest
+	(*CreateBranchKeyResponse)(nil),  // 8: holdfast.v1.CreateBranchKeyResponse
+	(*LeaseRequest)(nil),             // 9: holdfast.v1.LeaseRequest
+	(*LeaseResponse)(nil),            // 10: holdfast.v1.LeaseResponse
+	(*GenerateDEKsRequest)(nil),      // 11: holdfast.v1.GenerateDEKsRequest
+	(*GenerateDEKsResponse)(nil),     // 12: holdfast.v1.GenerateDEKsResponse
+	(*DEK)(nil),                      // 13: holdfast.v1.DEK
+	(*WrappedDEK)(nil),               // 14: holdfast.v1.WrappedDEK
+	(*UnwrapDEKsRequest)(nil),        // 15: holdfast.v1.UnwrapDEKsRequest
+	(*UnwrapDEKsResponse)(nil),       // 16: holdfast.v1.UnwrapDEKsResponse
+	(*RewrapDEKsResponse)(nil),       // 17: holdfast.v1.RewrapDEKsResponse
+	(*WatchRequest)(nil),             // 18: holdfast.v1.WatchRequest
+	(*KeyNotice)(nil),                // 19: holdfast.v1.KeyNotice
+	(*ShredReport)(nil),              // 20: holdfast.v1.ShredReport
+	(*ReportShredResponse)(nil),      // 21: holdfast.v1.ReportShredResponse
+	(*KeyStatusRequest)(nil),         // 22: holdfast.v1.KeyStatusRequest
+	(*KeyStatusResponse)(nil),        // 23: holdfast.v1.KeyStatusResponse
+	(*KeyHolder)(nil),                // 24: holdfast.v1.KeyHolder
+	(*RevokeKeyRequest)(nil),         // 25: holdfast.v1.RevokeKeyRequest
+	(*CheckKeysRequest)(nil),         // 26: holdfast.v1.CheckKeysRequest
+	(*CheckKeysResponse)(nil),        // 27: holdfast.v1.CheckKeysResponse
+	(*ListKeysRequest)(nil),          // 28: holdfast.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),         // 29: holdfast.v1.ListKeysResponse
+	(*SetGraceRequest)(nil),          // 30: holdfast.v1.SetGraceRequest
+	(*ListReceiptsResponse)(nil),     // 31: holdfast.v1.ListReceiptsResponse
+	(*Receipt)(nil),                  // 32: holdfast.v1.Receipt
+	(*ReceiptEntry)(nil),             // 33: holdfast.v1.ReceiptEntry
+	(*RewrapRequest)(nil),            // 34: holdfast.v1.RewrapRequest
+	(*RetireKEKRequest)(nil),         // 35: holdfast.v1.RetireKEKRequest
+	(*KeyVersionsResponse)(nil),      // 36: holdfast.v1.KeyVersionsResponse
+	(*KEKVersion)(nil),               // 37: holdfast.v1.KEKVersion
+	(*KeyUseRequest)(nil),            // 38: holdfast.v1.KeyUseRequest
+	(*KeyUseResponse)(nil),           // 39: holdfast.v1.KeyUseResponse
+	(*KeyUse)(nil),                   // 40: holdfast.v1.KeyUse
+	(*RewrapBranchRequest)(nil),      // 41: holdfast.v1.RewrapBranchRequest
+	(*RewrapBranchResponse)(nil),     // 42: holdfast.v1.RewrapBranchResponse
+	(*DeleteBranchRequest)(nil),      // 43: holdfast.v1.DeleteBranchRequest
+	(*DeleteBranchResponse)(nil),     // 44: holdfast.v1.DeleteBranchResponse
+	(*HelloRequest)(nil),             // 45: holdfast.v1.HelloRequest
+	(*HelloResponse)(nil),            // 46: holdfast.v1.HelloResponse
+	(*CreateBranchRequest)(nil),      // 47: holdfast.v1.CreateBranchRequest
+	(*CreateBranchResponse)(nil),     // 48: holdfast.v1.CreateBranchResponse
+	(*OpenEpochRequest)(nil),         // 49: holdfast.v1.OpenEpochRequest
+	(*OpenEpochResponse)(nil),        // 50: holdfast.v1.OpenEpochResponse
+	(*AppendRequest)(nil),            // 51: holdfast.v1.AppendRequest
+	(*AppendResponse)(nil),           // 52: holdfast.v1.AppendResponse
+	(*ReadRequest)(nil),              // 53: holdfast.v1.ReadRequest
+	(*ReadResponse)(nil),             // 54: holdfast.v1.ReadResponse
+	(*SealedWAL)(nil),                // 55: holdfast.v1.SealedWAL
+	(*ReportDurableRequest)(nil),     // 56: holdfast.v1.ReportDurableRequest
+	(*ReportDurableResponse)(nil),    // 57: holdfast.v1.ReportDurableResponse
+	(*SafekeeperStatusRequest)(nil),  // 58: holdfast.v1.SafekeeperStatusRequest
+	(*SafekeeperStatusResponse)(nil), // 59: holdfast.v1.SafekeeperStatusResponse
+	(*GroupStatus)(nil),              // 60: holdfast.v1.GroupStatus
+	(*BranchStatus)(nil),             // 61: holdfast.v1.BranchStatus
+	(*RaftMessage)(nil),              // 62: holdfast.v1.RaftMessage
+	(*RaftAck)(nil),                  // 63: holdfast.v1.RaftAck
+	(*ImportRequest)(nil),            // 64: holdfast.v1.ImportRequest
+	(*ImportResponse)(nil),           // 65: holdfast.v1.ImportResponse
+	(*AttachRequest)(nil),            // 66: holdfast.v1.AttachRequest
+	(*AttachResponse)(nil),           // 67: holdfast.v1.AttachResponse
+	(*ReadPoint)(nil),                // 68: holdfast.v1.ReadPoint
+	(*RelFork)(nil),                  // 69: holdfast.v1.RelFork
+	(*GetPagesRequest)(nil),          // 70: holdfast.v1.GetPagesRequest
+	(*GetPagesResponse)(nil),         // 71: holdfast.v1.GetPagesResponse
+	(*ListRelationsRequest)(nil),     // 72: holdfast.v1.ListRelationsRequest
+	(*ListRelationsResponse)(nil),    // 73: holdfast.v1.ListRelationsResponse
+	(*RelationSize)(nil),             // 74: holdfast.v1.RelationSize
+	(*ListSLRURequest)(nil),          // 75: holdfast.v1.ListSLRURequest
+	(*ListSLRUResponse)(nil),         // 76: holdfast.v1.ListSLRUResponse
+	(*StartupStateRequest)(nil),      // 77: holdfast.v1.StartupStateRequest
+	(*StartupStateResponse)(nil),     // 78: holdfast.v1.StartupStateResponse
+	(*NamedFile)(nil),                // 79: holdfast.v1.NamedFile
+	(*PageServerStatusRequest)(nil),  // 80: holdfast.v1.PageServerStatusRequest
+	(*PageServerStatusResponse)(nil), // 81: holdfast.v1.PageServerStatusResponse
+	(*PageServerBranch)(nil),         // 82: holdfast.v1.PageServerBranch
+	(*RedoCheck)(nil),                // 83: holdfast.v1.RedoCheck
+	(*ListBranchesRequest)(nil),      // 84: holdfast.v1.ListBranchesRequest
+	(*ListBranchesResponse)(nil),     // 85: holdfast.v1.ListBranchesResponse
+	(*ManagedBranch)(nil),            // 86: holdfast.v1.ManagedBranch
+	(*MakeBranchRequest)(nil),        // 87: holdfast.v1.MakeBranchRequest
+	(*RemoveBranchRequest)(nil),      // 88: holdfast.v1.RemoveBranchRequest
+	(*ManagerRotateRequest)(nil),     // 89: holdfast.v1.ManagerRotateRequest
+	(*KeyUsesResponse)(nil),          // 90: holdfast.v1.KeyUsesResponse
+	(*RehearseRequest)(nil),          // 91: holdfast.v1.RehearseRequest
+	(*RehearseEvent)(nil),            // 92: holdfast.v1.RehearseEvent
+	(*CredentialsResponse)(nil),      // 93: holdfast.v1.CredentialsResponse
+	(*ClusterStatusRequest)(nil),     // 94: holdfast.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil),    // 95: holdfast.v1.ClusterStatusResponse
+	(*ProjectKeyStatus)(nil),         // 96: holdfast.v1.ProjectKeyStatus
+	(*ListEndpointsRequest)(nil),     // 97: holdfast.v1.ListEndpointsRequest
+	(*ListEndpointsResponse)(nil),    // 98: holdfast.v1.ListEndpointsResponse
+	(*EndpointRequest)(nil),          // 99: holdfast.v1.EndpointRequest
+	(*Endpoint)(nil),                 // 100: holdfast.v1.Endpoint
 }
 var file_holdfast_proto_depIdxs = []int32{
-	0,  // 0: holdfast.v1.ErrorDetail.reason:type_name -> holdfast.v1.ErrorDetail.Reason
-	3,  // 1: holdfast.v1.GenerateDEKsRequest.contexts:type_name -> holdfast.v1.DEKContext
-	12, // 2: holdfast.v1.GenerateDEKsResponse.deks:type_name -> holdfast.v1.DEK
-	3,  // 3: holdfast.v1.WrappedDEK.context:type_name -> holdfast.v1.DEKContext
-	13, // 4: holdfast.v1.UnwrapDEKsRequest.deks:type_name -> holdfast.v1.WrappedDEK
-	23, // 5: holdfast.v1.KeyStatusResponse.holders:type_name -> holdfast.v1.KeyHolder
-	2,  // 6: holdfast.v1.RevokeKeyRequest.key:type_name -> holdfast.v1.KeyRef
-	22, // 7: holdfast.v1.ListKeysResponse.keys:type_name -> holdfast.v1.KeyStatusResponse
-	2,  // 8: holdfast.v1.SetGraceRequest.key:type_name -> holdfast.v1.KeyRef
-	31, // 9: holdfast.v1.ListReceiptsResponse.receipts:type_name -> holdfast.v1.Receipt
-	32, // 10: holdfast.v1.Receipt.entries:type_name -> holdfast.v1.ReceiptEntry
-	19, // 11: holdfast.v1.ReceiptEntry.report:type_name -> holdfast.v1.ShredReport
-	2,  // 12: holdfast.v1.RewrapRequest.key:type_name -> holdfast.v1.KeyRef
-	2,  // 13: holdfast.v1.RetireKEKRequest.key:type_name -> holdfast.v1.KeyRef
-	36, // 14: holdfast.v1.KeyVersionsResponse.keks:type_name -> holdfast.v1.KEKVersion
-	39, // 15: holdfast.v1.KeyUseResponse.uses:type_name -> holdfast.v1.KeyUse
-	52, // 16: holdfast.v1.ReadResponse.chunks:type_name -> holdfast.v1.SealedWAL
-	57, // 17: holdfast.v1.SafekeeperStatusResponse.groups:type_name -> holdfast.v1.GroupStatus
-	58, // 18: holdfast.v1.SafekeeperStatusResponse.branches:type_name -> holdfast.v1.BranchStatus
-	65, // 19: holdfast.v1.GetPagesRequest.at:type_name -> holdfast.v1.ReadPoint
-	66, // 20: holdfast.v1.GetPagesRequest.rel:type_name -> holdfast.v1.RelFork
-	65, // 21: holdfast.v1.ListRelationsRequest.at:type_name -> holdfast.v1.ReadPoint
-	71, // 22: holdfast.v1.ListRelationsResponse.relations:type_name -> holdfast.v1.RelationSize
-	65, // 23: holdfast.v1.ListSLRURequest.at:type_name -> holdfast.v1.ReadPoint
-	65, // 24: holdfast.v1.StartupStateRequest.at:type_name -> holdfast.v1.ReadPoint
-	76, // 25: holdfast.v1.StartupStateResponse.files:type_name -> holdfast.v1.NamedFile
-	79, // 26: holdfast.v1.PageServerStatusResponse.branches:type_name -> holdfast.v1.PageServerBranch
-	80, // 27: holdfast.v1.PageServerBranch.redo_checks:type_name -> holdfast.v1.RedoCheck
-	2,  // 28: holdfast.v1.ManagerRotateRequest.key:type_name -> holdfast.v1.KeyRef
-	35, // 29: holdfast.v1.KeyUsesResponse.versions:type_name -> holdfast.v1.KeyVersionsResponse
-	39, // 30: holdfast.v1.KeyUsesResponse.uses:type_name -> holdfast.v1.KeyUse
-	31, // 31: holdfast.v1.RehearseEvent.receipt:type_name -> holdfast.v1.Receipt
-	92, // 32: holdfast.v1.ClusterStatusResponse.endpoints:type_name -> holdfast.v1.Endpoint
-	56, // 33: holdfast.v1.ClusterStatusResponse.safekeepers:type_name -> holdfast.v1.SafekeeperStatusResponse
-	78, // 34: holdfast.v1.ClusterStatusResponse.pageserver:type_name -> holdfast.v1.PageServerStatusResponse
-	88, // 35: holdfast.v1.ClusterStatusResponse.keys:type_name -> holdfast.v1.ProjectKeyStatus
-	22, // 36: holdfast.v1.ProjectKeyStatus.status:type_name -> holdfast.v1.KeyStatusResponse
-	92, // 37: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
-	4,  // 38: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
-	6,  // 39: holdfast.v1.KeyManager.CreateBranchKey:input_type -> holdfast.v1.CreateBranchKeyRequest
-	8,  // 40: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
-	10, // 41: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
-	14, // 42: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
-	14, // 43: holdfast.v1.KeyManager.RewrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
-	17, // 44: holdfast.v1.KeyManager.Watch:input_type -> holdfast.v1.WatchRequest
-	19, // 45: holdfast.v1.KeyManager.ReportShred:input_type -> holdfast.v1.ShredReport
-	21, // 46: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
-	24, // 47: holdfast.v1.KeyAdmin.RevokeKey:input_type -> holdfast.v1.RevokeKeyRequest
-	2,  // 48: holdfast.v1.KeyAdmin.ResumeKey:input_type -> holdfast.v1.KeyRef
-	25, // 49: holdfast.v1.KeyAdmin.CheckKeys:input_type -> holdfast.v1.CheckKeysRequest
-	27, // 50: holdfast.v1.KeyAdmin.ListKeys:input_type -> holdfast.v1.ListKeysRequest
-	2,  // 51: holdfast.v1.KeyAdmin.ListReceipts:input_type -> holdfast.v1.KeyRef
-	29, // 52: holdfast.v1.KeyAdmin.SetGrace:input_type -> holdfast.v1.SetGraceRequest
-	33, // 53: holdfast.v1.KeyAdmin.Rewrap:input_type -> holdfast.v1.RewrapRequest
-	2,  // 54: holdfast.v1.KeyAdmin.RotateKEK:input_type -> holdfast.v1.KeyRef
-	34, // 55: holdfast.v1.KeyAdmin.RetireKEK:input_type -> holdfast.v1.RetireKEKRequest
-	2,  // 56: holdfast.v1.KeyAdmin.KeyVersions:input_type -> holdfast.v1.KeyRef
-	44, // 57: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
-	46, // 58: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
-	48, // 59: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
-	50, // 60: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
-	53, // 61: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
-	55, // 62: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
-	59, // 63: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
-	42, // 64: holdfast.v1.Safekeeper.Hello:input_type -> holdfast.v1.HelloRequest
-	37, // 65: holdfast.v1.Safekeeper.KeyUse:input_type -> holdfast.v1.KeyUseRequest
-	40, // 66: holdfast.v1.Safekeeper.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
-	61, // 67: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
-	63, // 68: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
-	67, // 69: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
-	69, // 70: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
-	72, // 71: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
-	74, // 72: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
-	77, // 73: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
-	37, // 74: holdfast.v1.PageServer.KeyUse:input_type -> holdfast.v1.KeyUseRequest
-	40, // 75: holdfast.v1.PageServer.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
-	89, // 76: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
-	91, // 77: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
-	91, // 78: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
-	91, // 79: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
-	91, // 80: holdfast.v1.Manager.Credentials:input_type -> holdfast.v1.EndpointRequest
-	86, // 81: holdfast.v1.Manager.ClusterStatus:input_type -> holdfast.v1.ClusterStatusRequest
-	2,  // 82: holdfast.v1.Manager.KeyUses:input_type -> holdfast.v1.KeyRef
-	81, // 83: holdfast.v1.Manager.RotateKEK:input_type -> holdfast.v1.ManagerRotateRequest
-	83, // 84: holdfast.v1.Manager.Rehearse:input_type -> holdfast.v1.RehearseRequest
-	5,  // 85: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
-	7,  // 86: holdfast.v1.KeyManager.CreateBranchKey:output_type -> holdfast.v1.CreateBranchKeyResponse
-	9,  // 87: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
-	11, // 88: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
-	15, // 89: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
-	16, // 90: holdfast.v1.KeyManager.RewrapDEKs:output_type -> holdfast.v1.RewrapDEKsResponse
-	18, // 91: holdfast.v1.KeyManager.Watch:output_type -> holdfast.v1.KeyNotice
-	20, // 92: holdfast.v1.KeyManager.ReportShred:output_type -> holdfast.v1.ReportShredResponse
-	22, // 93: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
-	22, // 94: holdfast.v1.KeyAdmin.RevokeKey:output_type -> holdfast.v1.KeyStatusResponse
-	22, // 95: holdfast.v1.KeyAdmin.ResumeKey:output_type -> holdfast.v1.KeyStatusResponse
-	26, // 96: holdfast.v1.KeyAdmin.CheckKeys:output_type -> holdfast.v1.CheckKeysResponse
-	28, // 97: holdfast.v1.KeyAdmin.ListKeys:output_type -> holdfast.v1.ListKeysResponse
-	30, // 98: holdfast.v1.KeyAdmin.ListReceipts:output_type -> holdfast.v1.ListReceiptsResponse
-	22, // 99: holdfast.v1.KeyAdmin.SetGrace:output_type -> holdfast.v1.KeyStatusResponse
-	35, // 100: holdfast.v1.KeyAdmin.Rewrap:output_type -> holdfast.v1.KeyVersionsResponse
-	35, // 101: holdfast.v1.KeyAdmin.RotateKEK:output_type -> holdfast.v1.KeyVersionsResponse
-	35, // 102: holdfast.v1.KeyAdmin.RetireKEK:output_type -> holdfast.v1.KeyVersionsResponse
-	35, // 103: holdfast.v1.KeyAdmin.KeyVersions:output_type -> holdfast.v1.KeyVersionsResponse
-	45, // 104: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
-	47, // 105: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
-	49, // 106: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
-	51, // 107: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
-	54, // 108: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
-	56, // 109: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
-	60, // 110: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
-	43, // 111: holdfast.v1.Safekeeper.Hello:output_type -> holdfast.v1.HelloResponse
-	38, // 112: holdfast.v1.Safekeeper.KeyUse:output_type -> holdfast.v1.KeyUseResponse
-	41, // 113: holdfast.v1.Safekeeper.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
-	62, // 114: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
-	64, // 115: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
-	68, // 116: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
-	70, // 117: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
-	73, // 118: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
-	75, // 119: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
-	78, // 120: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
-	38, // 121: holdfast.v1.PageServer.KeyUse:output_type -> holdfast.v1.KeyUseResponse
-	41, // 122: holdfast.v1.PageServer.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
-	90, // 123: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
-	92, // 124: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
-	92, // 125: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
-	92, // 126: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
-	85, // 127: holdfast.v1.Manager.Credentials:output_type -> holdfast.v1.CredentialsResponse
-	87, // 128: holdfast.v1.Manager.ClusterStatus:output_type -> holdfast.v1.ClusterStatusResponse
-	82, // 129: holdfast.v1.Manager.KeyUses:output_type -> holdfast.v1.KeyUsesResponse
-	82, // 130: holdfast.v1.Manager.RotateKEK:output_type -> holdfast.v1.KeyUsesResponse
-	84, // 131: holdfast.v1.Manager.Rehearse:output_type -> holdfast.v1.RehearseEvent
-	85, // [85:132] is the sub-list for method output_type
-	38, // [38:85] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	0,   // 0: holdfast.v1.ErrorDetail.reason:type_name -> holdfast.v1.ErrorDetail.Reason
+	4,   // 1: holdfast.v1.GenerateDEKsRequest.contexts:type_name -> holdfast.v1.DEKContext
+	13,  // 2: holdfast.v1.GenerateDEKsResponse.deks:type_name -> holdfast.v1.DEK
+	4,   // 3: holdfast.v1.WrappedDEK.context:type_name -> holdfast.v1.DEKContext
+	14,  // 4: holdfast.v1.UnwrapDEKsRequest.deks:type_name -> holdfast.v1.WrappedDEK
+	24,  // 5: holdfast.v1.KeyStatusResponse.holders:type_name -> holdfast.v1.KeyHolder
+	3,   // 6: holdfast.v1.RevokeKeyRequest.key:type_name -> holdfast.v1.KeyRef
+	23,  // 7: holdfast.v1.ListKeysResponse.keys:type_name -> holdfast.v1.KeyStatusResponse
+	3,   // 8: holdfast.v1.SetGraceRequest.key:type_name -> holdfast.v1.KeyRef
+	32,  // 9: holdfast.v1.ListReceiptsResponse.receipts:type_name -> holdfast.v1.Receipt
+	33,  // 10: holdfast.v1.Receipt.entries:type_name -> holdfast.v1.ReceiptEntry
+	20,  // 11: holdfast.v1.ReceiptEntry.report:type_name -> holdfast.v1.ShredReport
+	3,   // 12: holdfast.v1.RewrapRequest.key:type_name -> holdfast.v1.KeyRef
+	3,   // 13: holdfast.v1.RetireKEKRequest.key:type_name -> holdfast.v1.KeyRef
+	37,  // 14: holdfast.v1.KeyVersionsResponse.keks:type_name -> holdfast.v1.KEKVersion
+	40,  // 15: holdfast.v1.KeyUseResponse.uses:type_name -> holdfast.v1.KeyUse
+	55,  // 16: holdfast.v1.ReadResponse.chunks:type_name -> holdfast.v1.SealedWAL
+	60,  // 17: holdfast.v1.SafekeeperStatusResponse.groups:type_name -> holdfast.v1.GroupStatus
+	61,  // 18: holdfast.v1.SafekeeperStatusResponse.branches:type_name -> holdfast.v1.BranchStatus
+	68,  // 19: holdfast.v1.GetPagesRequest.at:type_name -> holdfast.v1.ReadPoint
+	69,  // 20: holdfast.v1.GetPagesRequest.rel:type_name -> holdfast.v1.RelFork
+	68,  // 21: holdfast.v1.ListRelationsRequest.at:type_name -> holdfast.v1.ReadPoint
+	74,  // 22: holdfast.v1.ListRelationsResponse.relations:type_name -> holdfast.v1.RelationSize
+	68,  // 23: holdfast.v1.ListSLRURequest.at:type_name -> holdfast.v1.ReadPoint
+	68,  // 24: holdfast.v1.StartupStateRequest.at:type_name -> holdfast.v1.ReadPoint
+	79,  // 25: holdfast.v1.StartupStateResponse.files:type_name -> holdfast.v1.NamedFile
+	82,  // 26: holdfast.v1.PageServerStatusResponse.branches:type_name -> holdfast.v1.PageServerBranch
+	83,  // 27: holdfast.v1.PageServerBranch.redo_checks:type_name -> holdfast.v1.RedoCheck
+	86,  // 28: holdfast.v1.ListBranchesResponse.branches:type_name -> holdfast.v1.ManagedBranch
+	100, // 29: holdfast.v1.ManagedBranch.endpoints:type_name -> holdfast.v1.Endpoint
+	3,   // 30: holdfast.v1.ManagerRotateRequest.key:type_name -> holdfast.v1.KeyRef
+	36,  // 31: holdfast.v1.KeyUsesResponse.versions:type_name -> holdfast.v1.KeyVersionsResponse
+	40,  // 32: holdfast.v1.KeyUsesResponse.uses:type_name -> holdfast.v1.KeyUse
+	32,  // 33: holdfast.v1.RehearseEvent.receipt:type_name -> holdfast.v1.Receipt
+	100, // 34: holdfast.v1.ClusterStatusResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	59,  // 35: holdfast.v1.ClusterStatusResponse.safekeepers:type_name -> holdfast.v1.SafekeeperStatusResponse
+	81,  // 36: holdfast.v1.ClusterStatusResponse.pageserver:type_name -> holdfast.v1.PageServerStatusResponse
+	96,  // 37: holdfast.v1.ClusterStatusResponse.keys:type_name -> holdfast.v1.ProjectKeyStatus
+	23,  // 38: holdfast.v1.ProjectKeyStatus.status:type_name -> holdfast.v1.KeyStatusResponse
+	100, // 39: holdfast.v1.ListEndpointsResponse.endpoints:type_name -> holdfast.v1.Endpoint
+	5,   // 40: holdfast.v1.KeyManager.CreateProject:input_type -> holdfast.v1.CreateProjectRequest
+	7,   // 41: holdfast.v1.KeyManager.CreateBranchKey:input_type -> holdfast.v1.CreateBranchKeyRequest
+	9,   // 42: holdfast.v1.KeyManager.Lease:input_type -> holdfast.v1.LeaseRequest
+	11,  // 43: holdfast.v1.KeyManager.GenerateDEKs:input_type -> holdfast.v1.GenerateDEKsRequest
+	15,  // 44: holdfast.v1.KeyManager.UnwrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
+	15,  // 45: holdfast.v1.KeyManager.RewrapDEKs:input_type -> holdfast.v1.UnwrapDEKsRequest
+	18,  // 46: holdfast.v1.KeyManager.Watch:input_type -> holdfast.v1.WatchRequest
+	20,  // 47: holdfast.v1.KeyManager.ReportShred:input_type -> holdfast.v1.ShredReport
+	22,  // 48: holdfast.v1.KeyManager.KeyStatus:input_type -> holdfast.v1.KeyStatusRequest
+	25,  // 49: holdfast.v1.KeyAdmin.RevokeKey:input_type -> holdfast.v1.RevokeKeyRequest
+	3,   // 50: holdfast.v1.KeyAdmin.ResumeKey:input_type -> holdfast.v1.KeyRef
+	26,  // 51: holdfast.v1.KeyAdmin.CheckKeys:input_type -> holdfast.v1.CheckKeysRequest
+	28,  // 52: holdfast.v1.KeyAdmin.ListKeys:input_type -> holdfast.v1.ListKeysRequest
+	3,   // 53: holdfast.v1.KeyAdmin.ListReceipts:input_type -> holdfast.v1.KeyRef
+	30,  // 54: holdfast.v1.KeyAdmin.SetGrace:input_type -> holdfast.v1.SetGraceRequest
+	34,  // 55: holdfast.v1.KeyAdmin.Rewrap:input_type -> holdfast.v1.RewrapRequest
+	3,   // 56: holdfast.v1.KeyAdmin.RotateKEK:input_type -> holdfast.v1.KeyRef
+	35,  // 57: holdfast.v1.KeyAdmin.RetireKEK:input_type -> holdfast.v1.RetireKEKRequest
+	3,   // 58: holdfast.v1.KeyAdmin.KeyVersions:input_type -> holdfast.v1.KeyRef
+	3,   // 59: holdfast.v1.KeyAdmin.DestroyBranchKey:input_type -> holdfast.v1.KeyRef
+	47,  // 60: holdfast.v1.Safekeeper.CreateBranch:input_type -> holdfast.v1.CreateBranchRequest
+	49,  // 61: holdfast.v1.Safekeeper.OpenEpoch:input_type -> holdfast.v1.OpenEpochRequest
+	51,  // 62: holdfast.v1.Safekeeper.Append:input_type -> holdfast.v1.AppendRequest
+	53,  // 63: holdfast.v1.Safekeeper.Read:input_type -> holdfast.v1.ReadRequest
+	56,  // 64: holdfast.v1.Safekeeper.ReportDurable:input_type -> holdfast.v1.ReportDurableRequest
+	58,  // 65: holdfast.v1.Safekeeper.Status:input_type -> holdfast.v1.SafekeeperStatusRequest
+	62,  // 66: holdfast.v1.Safekeeper.Raft:input_type -> holdfast.v1.RaftMessage
+	45,  // 67: holdfast.v1.Safekeeper.Hello:input_type -> holdfast.v1.HelloRequest
+	38,  // 68: holdfast.v1.Safekeeper.KeyUse:input_type -> holdfast.v1.KeyUseRequest
+	41,  // 69: holdfast.v1.Safekeeper.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
+	43,  // 70: holdfast.v1.Safekeeper.DeleteBranch:input_type -> holdfast.v1.DeleteBranchRequest
+	64,  // 71: holdfast.v1.PageServer.Import:input_type -> holdfast.v1.ImportRequest
+	66,  // 72: holdfast.v1.PageServer.Attach:input_type -> holdfast.v1.AttachRequest
+	70,  // 73: holdfast.v1.PageServer.GetPages:input_type -> holdfast.v1.GetPagesRequest
+	72,  // 74: holdfast.v1.PageServer.ListRelations:input_type -> holdfast.v1.ListRelationsRequest
+	75,  // 75: holdfast.v1.PageServer.ListSLRU:input_type -> holdfast.v1.ListSLRURequest
+	77,  // 76: holdfast.v1.PageServer.StartupState:input_type -> holdfast.v1.StartupStateRequest
+	80,  // 77: holdfast.v1.PageServer.Status:input_type -> holdfast.v1.PageServerStatusRequest
+	38,  // 78: holdfast.v1.PageServer.KeyUse:input_type -> holdfast.v1.KeyUseRequest
+	41,  // 79: holdfast.v1.PageServer.RewrapBranch:input_type -> holdfast.v1.RewrapBranchRequest
+	43,  // 80: holdfast.v1.PageServer.DeleteBranch:input_type -> holdfast.v1.DeleteBranchRequest
+	97,  // 81: holdfast.v1.Manager.ListEndpoints:input_type -> holdfast.v1.ListEndpointsRequest
+	99,  // 82: holdfast.v1.Manager.StartEndpoint:input_type -> holdfast.v1.EndpointRequest
+	99,  // 83: holdfast.v1.Manager.StopEndpoint:input_type -> holdfast.v1.EndpointRequest
+	99,  // 84: holdfast.v1.Manager.KillEndpoint:input_type -> holdfast.v1.EndpointRequest
+	99,  // 85: holdfast.v1.Manager.Credentials:input_type -> holdfast.v1.EndpointRequest
+	94,  // 86: holdfast.v1.Manager.ClusterStatus:input_type -> holdfast.v1.ClusterStatusRequest
+	3,   // 87: holdfast.v1.Manager.KeyUses:input_type -> holdfast.v1.KeyRef
+	89,  // 88: holdfast.v1.Manager.RotateKEK:input_type -> holdfast.v1.ManagerRotateRequest
+	91,  // 89: holdfast.v1.Manager.Rehearse:input_type -> holdfast.v1.RehearseRequest
+	84,  // 90: holdfast.v1.Manager.ListBranches:input_type -> holdfast.v1.ListBranchesRequest
+	87,  // 91: holdfast.v1.Manager.CreateBranch:input_type -> holdfast.v1.MakeBranchRequest
+	88,  // 92: holdfast.v1.Manager.DeleteBranch:input_type -> holdfast.v1.RemoveBranchRequest
+	6,   // 93: holdfast.v1.KeyManager.CreateProject:output_type -> holdfast.v1.CreateProjectResponse
+	8,   // 94: holdfast.v1.KeyManager.CreateBranchKey:output_type -> holdfast.v1.CreateBranchKeyResponse
+	10,  // 95: holdfast.v1.KeyManager.Lease:output_type -> holdfast.v1.LeaseResponse
+	12,  // 96: holdfast.v1.KeyManager.GenerateDEKs:output_type -> holdfast.v1.GenerateDEKsResponse
+	16,  // 97: holdfast.v1.KeyManager.UnwrapDEKs:output_type -> holdfast.v1.UnwrapDEKsResponse
+	17,  // 98: holdfast.v1.KeyManager.RewrapDEKs:output_type -> holdfast.v1.RewrapDEKsResponse
+	19,  // 99: holdfast.v1.KeyManager.Watch:output_type -> holdfast.v1.KeyNotice
+	21,  // 100: holdfast.v1.KeyManager.ReportShred:output_type -> holdfast.v1.ReportShredResponse
+	23,  // 101: holdfast.v1.KeyManager.KeyStatus:output_type -> holdfast.v1.KeyStatusResponse
+	23,  // 102: holdfast.v1.KeyAdmin.RevokeKey:output_type -> holdfast.v1.KeyStatusResponse
+	23,  // 103: holdfast.v1.KeyAdmin.ResumeKey:output_type -> holdfast.v1.KeyStatusResponse
+	27,  // 104: holdfast.v1.KeyAdmin.CheckKeys:output_type -> holdfast.v1.CheckKeysResponse
+	29,  // 105: holdfast.v1.KeyAdmin.ListKeys:output_type -> holdfast.v1.ListKeysResponse
+	31,  // 106: holdfast.v1.KeyAdmin.ListReceipts:output_type -> holdfast.v1.ListReceiptsResponse
+	23,  // 107: holdfast.v1.KeyAdmin.SetGrace:output_type -> holdfast.v1.KeyStatusResponse
+	36,  // 108: holdfast.v1.KeyAdmin.Rewrap:output_type -> holdfast.v1.KeyVersionsResponse
+	36,  // 109: holdfast.v1.KeyAdmin.RotateKEK:output_type -> holdfast.v1.KeyVersionsResponse
+	36,  // 110: holdfast.v1.KeyAdmin.RetireKEK:output_type -> holdfast.v1.KeyVersionsResponse
+	36,  // 111: holdfast.v1.KeyAdmin.KeyVersions:output_type -> holdfast.v1.KeyVersionsResponse
+	2,   // 112: holdfast.v1.KeyAdmin.DestroyBranchKey:output_type -> holdfast.v1.DestroyBranchKeyResponse
+	48,  // 113: holdfast.v1.Safekeeper.CreateBranch:output_type -> holdfast.v1.CreateBranchResponse
+	50,  // 114: holdfast.v1.Safekeeper.OpenEpoch:output_type -> holdfast.v1.OpenEpochResponse
+	52,  // 115: holdfast.v1.Safekeeper.Append:output_type -> holdfast.v1.AppendResponse
+	54,  // 116: holdfast.v1.Safekeeper.Read:output_type -> holdfast.v1.ReadResponse
+	57,  // 117: holdfast.v1.Safekeeper.ReportDurable:output_type -> holdfast.v1.ReportDurableResponse
+	59,  // 118: holdfast.v1.Safekeeper.Status:output_type -> holdfast.v1.SafekeeperStatusResponse
+	63,  // 119: holdfast.v1.Safekeeper.Raft:output_type -> holdfast.v1.RaftAck
+	46,  // 120: holdfast.v1.Safekeeper.Hello:output_type -> holdfast.v1.HelloResponse
+	39,  // 121: holdfast.v1.Safekeeper.KeyUse:output_type -> holdfast.v1.KeyUseResponse
+	42,  // 122: holdfast.v1.Safekeeper.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
+	44,  // 123: holdfast.v1.Safekeeper.DeleteBranch:output_type -> holdfast.v1.DeleteBranchResponse
+	65,  // 124: holdfast.v1.PageServer.Import:output_type -> holdfast.v1.ImportResponse
+	67,  // 125: holdfast.v1.PageServer.Attach:output_type -> holdfast.v1.AttachResponse
+	71,  // 126: holdfast.v1.PageServer.GetPages:output_type -> holdfast.v1.GetPagesResponse
+	73,  // 127: holdfast.v1.PageServer.ListRelations:output_type -> holdfast.v1.ListRelationsResponse
+	76,  // 128: holdfast.v1.PageServer.ListSLRU:output_type -> holdfast.v1.ListSLRUResponse
+	78,  // 129: holdfast.v1.PageServer.StartupState:output_type -> holdfast.v1.StartupStateResponse
+	81,  // 130: holdfast.v1.PageServer.Status:output_type -> holdfast.v1.PageServerStatusResponse
+	39,  // 131: holdfast.v1.PageServer.KeyUse:output_type -> holdfast.v1.KeyUseResponse
+	42,  // 132: holdfast.v1.PageServer.RewrapBranch:output_type -> holdfast.v1.RewrapBranchResponse
+	44,  // 133: holdfast.v1.PageServer.DeleteBranch:output_type -> holdfast.v1.DeleteBranchResponse
+	98,  // 134: holdfast.v1.Manager.ListEndpoints:output_type -> holdfast.v1.ListEndpointsResponse
+	100, // 135: holdfast.v1.Manager.StartEndpoint:output_type -> holdfast.v1.Endpoint
+	100, // 136: holdfast.v1.Manager.StopEndpoint:output_type -> holdfast.v1.Endpoint
+	100, // 137: holdfast.v1.Manager.KillEndpoint:output_type -> holdfast.v1.Endpoint
+	93,  // 138: holdfast.v1.Manager.Credentials:output_type -> holdfast.v1.CredentialsResponse
+	95,  // 139: holdfast.v1.Manager.ClusterStatus:output_type -> holdfast.v1.ClusterStatusResponse
+	90,  // 140: holdfast.v1.Manager.KeyUses:output_type -> holdfast.v1.KeyUsesResponse
+	90,  // 141: holdfast.v1.Manager.RotateKEK:output_type -> holdfast.v1.KeyUsesResponse
+	92,  // 142: holdfast.v1.Manager.Rehearse:output_type -> holdfast.v1.RehearseEvent
+	85,  // 143: holdfast.v1.Manager.ListBranches:output_type -> holdfast.v1.ListBranchesResponse
+	86,  // 144: holdfast.v1.Manager.CreateBranch:output_type -> holdfast.v1.ManagedBranch
+	44,  // 145: holdfast.v1.Manager.DeleteBranch:output_type -> holdfast.v1.DeleteBranchResponse
+	93,  // [93:146] is the sub-list for method output_type
+	40,  // [40:93] is the sub-list for method input_type
+	40,  // [40:40] is the sub-list for extension type_name
+	40,  // [40:40] is the sub-list for extension extendee
+	0,   // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_holdfast_proto_init() }
@@ -6366,7 +6825,7 @@ func file_holdfast_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_holdfast_proto_rawDesc), len(file_holdfast_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   92,
+			NumMessages:   100,
 			NumExtensions: 0,
 			NumServices:   5,
 		},

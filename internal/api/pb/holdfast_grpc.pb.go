@@ -464,16 +464,17 @@ var KeyManager_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	KeyAdmin_RevokeKey_FullMethodName    = "/holdfast.v1.KeyAdmin/RevokeKey"
-	KeyAdmin_ResumeKey_FullMethodName    = "/holdfast.v1.KeyAdmin/ResumeKey"
-	KeyAdmin_CheckKeys_FullMethodName    = "/holdfast.v1.KeyAdmin/CheckKeys"
-	KeyAdmin_ListKeys_FullMethodName     = "/holdfast.v1.KeyAdmin/ListKeys"
-	KeyAdmin_ListReceipts_FullMethodName = "/holdfast.v1.KeyAdmin/ListReceipts"
-	KeyAdmin_SetGrace_FullMethodName     = "/holdfast.v1.KeyAdmin/SetGrace"
-	KeyAdmin_Rewrap_FullMethodName       = "/holdfast.v1.KeyAdmin/Rewrap"
-	KeyAdmin_RotateKEK_FullMethodName    = "/holdfast.v1.KeyAdmin/RotateKEK"
-	KeyAdmin_RetireKEK_FullMethodName    = "/holdfast.v1.KeyAdmin/RetireKEK"
-	KeyAdmin_KeyVersions_FullMethodName  = "/holdfast.v1.KeyAdmin/KeyVersions"
+	KeyAdmin_RevokeKey_FullMethodName        = "/holdfast.v1.KeyAdmin/RevokeKey"
+	KeyAdmin_ResumeKey_FullMethodName        = "/holdfast.v1.KeyAdmin/ResumeKey"
+	KeyAdmin_CheckKeys_FullMethodName        = "/holdfast.v1.KeyAdmin/CheckKeys"
+	KeyAdmin_ListKeys_FullMethodName         = "/holdfast.v1.KeyAdmin/ListKeys"
+	KeyAdmin_ListReceipts_FullMethodName     = "/holdfast.v1.KeyAdmin/ListReceipts"
+	KeyAdmin_SetGrace_FullMethodName         = "/holdfast.v1.KeyAdmin/SetGrace"
+	KeyAdmin_Rewrap_FullMethodName           = "/holdfast.v1.KeyAdmin/Rewrap"
+	KeyAdmin_RotateKEK_FullMethodName        = "/holdfast.v1.KeyAdmin/RotateKEK"
+	KeyAdmin_RetireKEK_FullMethodName        = "/holdfast.v1.KeyAdmin/RetireKEK"
+	KeyAdmin_KeyVersions_FullMethodName      = "/holdfast.v1.KeyAdmin/KeyVersions"
+	KeyAdmin_DestroyBranchKey_FullMethodName = "/holdfast.v1.KeyAdmin/DestroyBranchKey"
 )
 
 // KeyAdminClient is the client API for KeyAdmin service.
@@ -502,6 +503,9 @@ type KeyAdminClient interface {
 	// that nothing is wrapped under it any more.
 	RetireKEK(ctx context.Context, in *RetireKEKRequest, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
 	KeyVersions(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*KeyVersionsResponse, error)
+	// DestroyBranchKey destroys a branch's own key, for good, and its receipts. Who calls it has removed what
+	// was sealed under it. It asks no KMS. Idempotent.
+	DestroyBranchKey(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*DestroyBranchKeyResponse, error)
 }
 
 type keyAdminClient struct {
@@ -612,6 +616,16 @@ func (c *keyAdminClient) KeyVersions(ctx context.Context, in *KeyRef, opts ...gr
 	return out, nil
 }
 
+func (c *keyAdminClient) DestroyBranchKey(ctx context.Context, in *KeyRef, opts ...grpc.CallOption) (*DestroyBranchKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DestroyBranchKeyResponse)
+	err := c.cc.Invoke(ctx, KeyAdmin_DestroyBranchKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KeyAdminServer is the server API for KeyAdmin service.
 // All implementations must embed UnimplementedKeyAdminServer
 // for forward compatibility.
@@ -638,6 +652,9 @@ type KeyAdminServer interface {
 	// that nothing is wrapped under it any more.
 	RetireKEK(context.Context, *RetireKEKRequest) (*KeyVersionsResponse, error)
 	KeyVersions(context.Context, *KeyRef) (*KeyVersionsResponse, error)
+	// DestroyBranchKey destroys a branch's own key, for good, and its receipts. Who calls it has removed what
+	// was sealed under it. It asks no KMS. Idempotent.
+	DestroyBranchKey(context.Context, *KeyRef) (*DestroyBranchKeyResponse, error)
 	mustEmbedUnimplementedKeyAdminServer()
 }
 
@@ -677,6 +694,9 @@ func (UnimplementedKeyAdminServer) RetireKEK(context.Context, *RetireKEKRequest)
 }
 func (UnimplementedKeyAdminServer) KeyVersions(context.Context, *KeyRef) (*KeyVersionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method KeyVersions not implemented")
+}
+func (UnimplementedKeyAdminServer) DestroyBranchKey(context.Context, *KeyRef) (*DestroyBranchKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DestroyBranchKey not implemented")
 }
 func (UnimplementedKeyAdminServer) mustEmbedUnimplementedKeyAdminServer() {}
 func (UnimplementedKeyAdminServer) testEmbeddedByValue()                  {}
@@ -879,6 +899,24 @@ func _KeyAdmin_KeyVersions_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyAdmin_DestroyBranchKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyRef)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyAdminServer).DestroyBranchKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyAdmin_DestroyBranchKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyAdminServer).DestroyBranchKey(ctx, req.(*KeyRef))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KeyAdmin_ServiceDesc is the grpc.ServiceDesc for KeyAdmin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -926,6 +964,10 @@ var KeyAdmin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "KeyVersions",
 			Handler:    _KeyAdmin_KeyVersions_Handler,
 		},
+		{
+			MethodName: "DestroyBranchKey",
+			Handler:    _KeyAdmin_DestroyBranchKey_Handler,
+		},
 	},
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "holdfast.proto",
@@ -942,6 +984,7 @@ const (
 	Safekeeper_Hello_FullMethodName         = "/holdfast.v1.Safekeeper/Hello"
 	Safekeeper_KeyUse_FullMethodName        = "/holdfast.v1.Safekeeper/KeyUse"
 	Safekeeper_RewrapBranch_FullMethodName  = "/holdfast.v1.Safekeeper/RewrapBranch"
+	Safekeeper_DeleteBranch_FullMethodName  = "/holdfast.v1.Safekeeper/DeleteBranch"
 )
 
 // SafekeeperClient is the client API for Safekeeper service.
@@ -972,6 +1015,8 @@ type SafekeeperClient interface {
 	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
 	KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error)
 	RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error)
+	// DeleteBranch forgets a branch and its WAL, for good. It needs no key. Idempotent.
+	DeleteBranch(ctx context.Context, in *DeleteBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error)
 }
 
 type safekeeperClient struct {
@@ -1097,6 +1142,16 @@ func (c *safekeeperClient) RewrapBranch(ctx context.Context, in *RewrapBranchReq
 	return out, nil
 }
 
+func (c *safekeeperClient) DeleteBranch(ctx context.Context, in *DeleteBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteBranchResponse)
+	err := c.cc.Invoke(ctx, Safekeeper_DeleteBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SafekeeperServer is the server API for Safekeeper service.
 // All implementations must embed UnimplementedSafekeeperServer
 // for forward compatibility.
@@ -1125,6 +1180,8 @@ type SafekeeperServer interface {
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error)
 	RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error)
+	// DeleteBranch forgets a branch and its WAL, for good. It needs no key. Idempotent.
+	DeleteBranch(context.Context, *DeleteBranchRequest) (*DeleteBranchResponse, error)
 	mustEmbedUnimplementedSafekeeperServer()
 }
 
@@ -1164,6 +1221,9 @@ func (UnimplementedSafekeeperServer) KeyUse(context.Context, *KeyUseRequest) (*K
 }
 func (UnimplementedSafekeeperServer) RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RewrapBranch not implemented")
+}
+func (UnimplementedSafekeeperServer) DeleteBranch(context.Context, *DeleteBranchRequest) (*DeleteBranchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteBranch not implemented")
 }
 func (UnimplementedSafekeeperServer) mustEmbedUnimplementedSafekeeperServer() {}
 func (UnimplementedSafekeeperServer) testEmbeddedByValue()                    {}
@@ -1337,6 +1397,24 @@ func _Safekeeper_RewrapBranch_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Safekeeper_DeleteBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SafekeeperServer).DeleteBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Safekeeper_DeleteBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SafekeeperServer).DeleteBranch(ctx, req.(*DeleteBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Safekeeper_ServiceDesc is the grpc.ServiceDesc for Safekeeper service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1372,6 +1450,10 @@ var Safekeeper_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "RewrapBranch",
 			Handler:    _Safekeeper_RewrapBranch_Handler,
 		},
+		{
+			MethodName: "DeleteBranch",
+			Handler:    _Safekeeper_DeleteBranch_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -1405,6 +1487,7 @@ const (
 	PageServer_Status_FullMethodName        = "/holdfast.v1.PageServer/Status"
 	PageServer_KeyUse_FullMethodName        = "/holdfast.v1.PageServer/KeyUse"
 	PageServer_RewrapBranch_FullMethodName  = "/holdfast.v1.PageServer/RewrapBranch"
+	PageServer_DeleteBranch_FullMethodName  = "/holdfast.v1.PageServer/DeleteBranch"
 )
 
 // PageServerClient is the client API for PageServer service.
@@ -1427,6 +1510,9 @@ type PageServerClient interface {
 	Status(ctx context.Context, in *PageServerStatusRequest, opts ...grpc.CallOption) (*PageServerStatusResponse, error)
 	KeyUse(ctx context.Context, in *KeyUseRequest, opts ...grpc.CallOption) (*KeyUseResponse, error)
 	RewrapBranch(ctx context.Context, in *RewrapBranchRequest, opts ...grpc.CallOption) (*RewrapBranchResponse, error)
+	// DeleteBranch stops serving a branch and deletes its manifest and layers, here and in the
+	// bucket, for good. It needs no key. Idempotent.
+	DeleteBranch(ctx context.Context, in *DeleteBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error)
 }
 
 type pageServerClient struct {
@@ -1530,6 +1616,16 @@ func (c *pageServerClient) RewrapBranch(ctx context.Context, in *RewrapBranchReq
 	return out, nil
 }
 
+func (c *pageServerClient) DeleteBranch(ctx context.Context, in *DeleteBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteBranchResponse)
+	err := c.cc.Invoke(ctx, PageServer_DeleteBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PageServerServer is the server API for PageServer service.
 // All implementations must embed UnimplementedPageServerServer
 // for forward compatibility.
@@ -1550,6 +1646,9 @@ type PageServerServer interface {
 	Status(context.Context, *PageServerStatusRequest) (*PageServerStatusResponse, error)
 	KeyUse(context.Context, *KeyUseRequest) (*KeyUseResponse, error)
 	RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error)
+	// DeleteBranch stops serving a branch and deletes its manifest and layers, here and in the
+	// bucket, for good. It needs no key. Idempotent.
+	DeleteBranch(context.Context, *DeleteBranchRequest) (*DeleteBranchResponse, error)
 	mustEmbedUnimplementedPageServerServer()
 }
 
@@ -1586,6 +1685,9 @@ func (UnimplementedPageServerServer) KeyUse(context.Context, *KeyUseRequest) (*K
 }
 func (UnimplementedPageServerServer) RewrapBranch(context.Context, *RewrapBranchRequest) (*RewrapBranchResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RewrapBranch not implemented")
+}
+func (UnimplementedPageServerServer) DeleteBranch(context.Context, *DeleteBranchRequest) (*DeleteBranchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteBranch not implemented")
 }
 func (UnimplementedPageServerServer) mustEmbedUnimplementedPageServerServer() {}
 func (UnimplementedPageServerServer) testEmbeddedByValue()                    {}
@@ -1759,6 +1861,24 @@ func _PageServer_RewrapBranch_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PageServer_DeleteBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PageServerServer).DeleteBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PageServer_DeleteBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PageServerServer).DeleteBranch(ctx, req.(*DeleteBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // PageServer_ServiceDesc is the grpc.ServiceDesc for PageServer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1798,6 +1918,10 @@ var PageServer_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "RewrapBranch",
 			Handler:    _PageServer_RewrapBranch_Handler,
 		},
+		{
+			MethodName: "DeleteBranch",
+			Handler:    _PageServer_DeleteBranch_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -1819,6 +1943,9 @@ const (
 	Manager_KeyUses_FullMethodName       = "/holdfast.v1.Manager/KeyUses"
 	Manager_RotateKEK_FullMethodName     = "/holdfast.v1.Manager/RotateKEK"
 	Manager_Rehearse_FullMethodName      = "/holdfast.v1.Manager/Rehearse"
+	Manager_ListBranches_FullMethodName  = "/holdfast.v1.Manager/ListBranches"
+	Manager_CreateBranch_FullMethodName  = "/holdfast.v1.Manager/CreateBranch"
+	Manager_DeleteBranch_FullMethodName  = "/holdfast.v1.Manager/DeleteBranch"
 )
 
 // ManagerClient is the client API for Manager service.
@@ -1844,6 +1971,11 @@ type ManagerClient interface {
 	// Rehearse makes a throwaway branch with a key of its own and an endpoint, revokes and resumes it, and
 	// tells each step and, last, the measured times. All of it is removed in the end.
 	Rehearse(ctx context.Context, in *RehearseRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RehearseEvent], error)
+	ListBranches(ctx context.Context, in *ListBranchesRequest, opts ...grpc.CallOption) (*ListBranchesResponse, error)
+	// CreateBranch makes a new, empty branch (initdb, no copy of another) and an endpoint of its name.
+	CreateBranch(ctx context.Context, in *MakeBranchRequest, opts ...grpc.CallOption) (*ManagedBranch, error)
+	// DeleteBranch removes a branch, its endpoints, all that is kept of it and, last, a key of its own. Idempotent.
+	DeleteBranch(ctx context.Context, in *RemoveBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error)
 }
 
 type managerClient struct {
@@ -1953,6 +2085,36 @@ func (c *managerClient) Rehearse(ctx context.Context, in *RehearseRequest, opts 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Manager_RehearseClient = grpc.ServerStreamingClient[RehearseEvent]
 
+func (c *managerClient) ListBranches(ctx context.Context, in *ListBranchesRequest, opts ...grpc.CallOption) (*ListBranchesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBranchesResponse)
+	err := c.cc.Invoke(ctx, Manager_ListBranches_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *managerClient) CreateBranch(ctx context.Context, in *MakeBranchRequest, opts ...grpc.CallOption) (*ManagedBranch, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ManagedBranch)
+	err := c.cc.Invoke(ctx, Manager_CreateBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *managerClient) DeleteBranch(ctx context.Context, in *RemoveBranchRequest, opts ...grpc.CallOption) (*DeleteBranchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteBranchResponse)
+	err := c.cc.Invoke(ctx, Manager_DeleteBranch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ManagerServer is the server API for Manager service.
 // All implementations must embed UnimplementedManagerServer
 // for forward compatibility.
@@ -1976,6 +2138,11 @@ type ManagerServer interface {
 	// Rehearse makes a throwaway branch with a key of its own and an endpoint, revokes and resumes it, and
 	// tells each step and, last, the measured times. All of it is removed in the end.
 	Rehearse(*RehearseRequest, grpc.ServerStreamingServer[RehearseEvent]) error
+	ListBranches(context.Context, *ListBranchesRequest) (*ListBranchesResponse, error)
+	// CreateBranch makes a new, empty branch (initdb, no copy of another) and an endpoint of its name.
+	CreateBranch(context.Context, *MakeBranchRequest) (*ManagedBranch, error)
+	// DeleteBranch removes a branch, its endpoints, all that is kept of it and, last, a key of its own. Idempotent.
+	DeleteBranch(context.Context, *RemoveBranchRequest) (*DeleteBranchResponse, error)
 	mustEmbedUnimplementedManagerServer()
 }
 
@@ -2012,6 +2179,15 @@ func (UnimplementedManagerServer) RotateKEK(context.Context, *ManagerRotateReque
 }
 func (UnimplementedManagerServer) Rehearse(*RehearseRequest, grpc.ServerStreamingServer[RehearseEvent]) error {
 	return status.Error(codes.Unimplemented, "method Rehearse not implemented")
+}
+func (UnimplementedManagerServer) ListBranches(context.Context, *ListBranchesRequest) (*ListBranchesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBranches not implemented")
+}
+func (UnimplementedManagerServer) CreateBranch(context.Context, *MakeBranchRequest) (*ManagedBranch, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateBranch not implemented")
+}
+func (UnimplementedManagerServer) DeleteBranch(context.Context, *RemoveBranchRequest) (*DeleteBranchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteBranch not implemented")
 }
 func (UnimplementedManagerServer) mustEmbedUnimplementedManagerServer() {}
 func (UnimplementedManagerServer) testEmbeddedByValue()                 {}
@@ -2189,6 +2365,60 @@ func _Manager_Rehearse_Handler(srv interface{}, stream grpc.ServerStream) error 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Manager_RehearseServer = grpc.ServerStreamingServer[RehearseEvent]
 
+func _Manager_ListBranches_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBranchesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).ListBranches(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_ListBranches_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).ListBranches(ctx, req.(*ListBranchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Manager_CreateBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MakeBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).CreateBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_CreateBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).CreateBranch(ctx, req.(*MakeBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Manager_DeleteBranch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveBranchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ManagerServer).DeleteBranch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Manager_DeleteBranch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ManagerServer).DeleteBranch(ctx, req.(*RemoveBranchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Manager_ServiceDesc is the grpc.ServiceDesc for Manager service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -2227,6 +2457,18 @@ var Manager_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RotateKEK",
 			Handler:    _Manager_RotateKEK_Handler,
+		},
+		{
+			MethodName: "ListBranches",
+			Handler:    _Manager_ListBranches_Handler,
+		},
+		{
+			MethodName: "CreateBranch",
+			Handler:    _Manager_CreateBranch_Handler,
+		},
+		{
+			MethodName: "DeleteBranch",
+			Handler:    _Manager_DeleteBranch_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
