@@ -33,6 +33,8 @@ type Ring interface {
 	// A wrapped key that is none of the object's is seal.ErrDamaged.
 	Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.Key, error)
 
+	Rewrapper
+
 	// OnShred calls fn once when the project's lease ends, whatever the reason, after the
 	// keys were wiped, on a goroutine of its own: the node then drops all it holds of the
 	// project in plaintext. fn may close the ring.

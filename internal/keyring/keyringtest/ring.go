@@ -15,10 +15,10 @@ import (
 
 // Ring is a keyring.Ring that lives in one process.
 type Ring struct {
-	kek *seal.KEK
-
 	mu struct {
 		sync.Mutex
+		keks     map[uint32]*seal.KEK // by version; a retired one is gone
+		current  uint32
 		err      error // what Generate and Open answer now; nil: they work
 		closed   bool
 		keys     map[string][]*seal.Key // given out, by project
@@ -33,13 +33,9 @@ var _ keyring.Ring = (*Ring)(nil)
 
 // New makes a ring of its own: what another one wrapped does not open.
 func New() *Ring {
-	raw := make([]byte, seal.KeySize)
-	rand.Read(raw) // never fails: crypto/rand
-	kek, err := seal.NewKEK(raw)
-	if err != nil {
-		panic(err) // the size is right
-	}
-	r := &Ring{kek: kek}
+	r := &Ring{}
+	r.mu.keks = make(map[uint32]*seal.KEK)
+	r.RotateKEK()
 	r.mu.keys = make(map[string][]*seal.Key)
 	r.mu.shred = make(map[string]map[int]func(error))
 	return r
@@ -95,7 +91,7 @@ func (r *Ring) Generate(ctx context.Context, c seal.Context) (*seal.Key, []byte,
 	}
 	raw := make([]byte, seal.KeySize)
 	rand.Read(raw) // never fails: crypto/rand
-	wrapped, err := r.kek.Wrap(1, c, raw)
+	wrapped, err := r.wrap(c, raw)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -111,7 +107,7 @@ func (r *Ring) Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.
 	if err := r.usable(ctx, c); err != nil {
 		return nil, err
 	}
-	raw, err := r.kek.Unwrap(c, wrapped)
+	raw, err := r.unwrap(c, wrapped)
 	if err != nil {
 		return nil, err
 	}
