@@ -52,6 +52,9 @@ type Options struct {
 	// project's key; empty: the development KMS and its key.
 	KMS config.KMS
 	CMK string
+	// KeymgrFor is the address by which a role of a separate cluster reaches the key manager, so that
+	// a test can stand between them; nil: the key manager's own. Endpoints use the manager's.
+	KeymgrFor func(role string) string
 }
 
 // Cluster is a cluster that runs or can run.
@@ -177,6 +180,10 @@ func (c *Cluster) prepareSeparate() error {
 	if c.opts.CMK != "" {
 		localKMS = ""
 	}
+	keymgr := c.opts.KeymgrFor
+	if keymgr == nil {
+		keymgr = func(string) string { return c.Socket(Keymgr) }
+	}
 	peers := make(map[uint64]string)
 	var addrs []string
 	for id := 1; id <= 3; id++ {
@@ -186,15 +193,15 @@ func (c *Cluster) prepareSeparate() error {
 	configs := map[string]any{
 		Keymgr: &config.Keymgr{Listen: c.Socket(Keymgr), Dir: c.Dir(Keymgr), Bucket: bucket, LocalKMS: localKMS, KMS: c.opts.KMS},
 		Pageserver: &config.Pageserver{Node: Pageserver, Listen: c.Socket(Pageserver), Dir: c.Dir(Pageserver), Bucket: bucket,
-			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, HistoryBytes: c.opts.HistoryBytes, VerifyRedo: c.opts.VerifyRedo},
+			Keymgr: keymgr(Pageserver), Safekeepers: addrs, HistoryBytes: c.opts.HistoryBytes, VerifyRedo: c.opts.VerifyRedo},
 		Manager: &config.Manager{Listen: c.Socket(Manager), Dir: c.Dir(Manager), ComputeDir: c.Dir("compute"), LogDir: c.LogDir(), Bucket: bucket,
-			Keymgr: c.Socket(Keymgr), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: cmp.Or(c.opts.CMK, "dev"),
+			Keymgr: keymgr(Manager), Safekeepers: addrs, Pageserver: c.Socket(Pageserver), CMK: cmp.Or(c.opts.CMK, "dev"),
 			EndpointListen: fmt.Sprintf("127.0.0.1:%d", c.Port), PasswordFile: c.passwordFile(),
 			Settings: c.opts.Settings, CacheBytes: c.opts.CacheBytes, VerifyPages: c.opts.VerifyPages},
 	}
 	for id := 1; id <= 3; id++ {
 		configs[Safekeeper(id)] = &config.Safekeeper{ID: uint64(id), Listen: c.Socket(Safekeeper(id)), Dir: c.Dir(Safekeeper(id)),
-			Bucket: bucket, Keymgr: c.Socket(Keymgr), Peers: peers}
+			Bucket: bucket, Keymgr: keymgr(Safekeeper(id)), Peers: peers}
 	}
 	for role, cfg := range configs {
 		if err := config.Save(c.ConfigFile(role), cfg); err != nil {

@@ -240,13 +240,19 @@ func (s *Sim) Revoke(ref string, revoked bool) error {
 }
 
 // DestroyVersion makes what a version encrypted unreadable; versions count from 1.
-func (s *Sim) DestroyVersion(ref string, n int) error {
+func (s *Sim) DestroyVersion(ref string, n int) error { return s.setDestroyed(ref, n, true) }
+
+// RestoreVersion takes a version's destruction back, as Google's RestoreCryptoKeyVersion does before it is
+// final, and as who has a backup can elsewhere.
+func (s *Sim) RestoreVersion(ref string, n int) error { return s.setDestroyed(ref, n, false) }
+
+func (s *Sim) setDestroyed(ref string, n int, destroyed bool) error {
 	return s.change(ref, func(k *key) error {
 		v := k.find(n)
 		if v == nil {
 			return fmt.Errorf("key %s has no version %d", ref, n)
 		}
-		v.destroyed = true
+		v.destroyed = destroyed
 		return nil
 	})
 }
