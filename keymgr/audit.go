@@ -32,12 +32,13 @@ type Event struct {
 	Prev string    `json:"prev"`
 	Seq  uint64    `json:"seq"`
 	Time time.Time `json:"time"`
-	// Event is one of: log.opened, log.recovered, project.created, cmk.wrap, cmk.unwrap,
+	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, cmk.wrap, cmk.unwrap,
 	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, dek.generated,
 	// dek.unwrapped.
 	Event      string   `json:"event"`
 	Outcome    string   `json:"outcome"` // ok, denied, unreachable, unknown, failed
 	Project    string   `json:"project,omitempty"`
+	Branch     string   `json:"branch,omitempty"` // of a key that is a branch's own
 	Node       string   `json:"node,omitempty"`
 	Lease      string   `json:"lease,omitempty"`
 	CMK        string   `json:"cmk,omitempty"`

@@ -42,6 +42,10 @@ func (s *Server) callError(err error) error {
 	return rpc.Error(codes.Unavailable, nil, "%v", err)
 }
 
+func invalid(format string, args ...any) error {
+	return rpc.Error(codes.InvalidArgument, nil, format, args...)
+}
+
 func refusal(why lease.Outcome, format string, args ...any) error {
 	if why == lease.Denied {
 		return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, format, args...)
@@ -49,91 +53,10 @@ func refusal(why lease.Outcome, format string, args ...any) error {
 	return rpc.Error(codes.Unavailable, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_UNREACHABLE}, format, args...)
 }
 
-// Lease implements pb.KeyManagerServer.
-func (s *Server) Lease(ctx context.Context, req *pb.LeaseRequest) (*pb.LeaseResponse, error) {
-	if err := checkProject(req.Project); err != nil {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "%v", err)
-	}
-	if req.Node == "" || len(req.Node) > maxNode {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "lease on project %s: the node's name has %d bytes, want 1..%d", req.Project, len(req.Node), maxNode)
-	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	d, err := s.decide(ctx, req)
-	if err != nil {
-		return nil, s.callError(err)
-	}
-	if d.Kind != lease.Grant {
-		return nil, s.refuse(ctx, req, d.Why)
-	}
-	if d.New {
-		err := s.audit.append(ctx, Event{Event: "lease.granted", Outcome: "ok", Project: req.Project, Node: req.Node, Lease: d.Lease})
-		if err != nil {
-			return nil, s.callError(err) // the lease that nobody knows of runs out
-		}
-	}
-	return &pb.LeaseResponse{LeaseId: d.Lease, TtlMs: d.TTL.Milliseconds()}, nil
-}
-
-// decide asks the machine, and the KMS when the machine wants it.
-func (s *Server) decide(ctx context.Context, req *pb.LeaseRequest) (lease.Decision, error) {
-	p, _, err := s.known(ctx, req.Project)
-	if err != nil {
-		return lease.Decision{}, err
-	}
-	newID := newLeaseID()
-	ask := func() lease.Decision {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.mu.machine.Request(boottime.Now(), req.Project, req.Node, req.LeaseId, newID)
-	}
-	d := ask()
-	if d.Kind != lease.Check {
-		return d, nil
-	}
-	err = s.check(ctx, p, func() bool {
-		d = ask() // a check that this one waited for may have decided
-		return d.Kind == lease.Check
-	})
-	if err != nil || d.Kind != lease.Check {
-		return d, err
-	}
-	if d = ask(); d.Kind == lease.Check {
-		return d, refusal(lease.Unreachable, "project %s: the KMS's answer took longer than the check interval of %v, for which it holds", req.Project, s.cfg.CheckInterval)
-	}
-	return d, nil
-}
-
-// refuse says why there is no lease; the audit log has it once per node and check.
-func (s *Server) refuse(ctx context.Context, req *pb.LeaseRequest, why lease.Outcome) error {
-	s.mu.Lock()
-	nodes := s.mu.refused[req.Project]
-	if nodes == nil {
-		nodes = make(map[string]bool)
-		s.mu.refused[req.Project] = nodes
-	}
-	told := nodes[req.Node]
-	nodes[req.Node] = true
-	s.mu.Unlock()
-	outcome := "unreachable"
-	if why == lease.Denied {
-		outcome = "denied"
-	}
-	if !told {
-		if err := s.audit.append(ctx, Event{Event: "lease.refused", Outcome: outcome, Project: req.Project, Node: req.Node}); err != nil {
-			return s.callError(err)
-		}
-	}
-	p := s.project(req.Project)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return refusal(why, "project %s: its key cannot be used: %s", req.Project, p.mu.lastError)
-}
-
-// use gives the project of a live lease, whose keys alone the contexts may name.
-func (s *Server) use(id string, contexts int, context func(int) *pb.DEKContext) (lease.Lease, []seal.Context, error) {
+// use gives a live lease, and its key's, under which alone the contexts' DEKs may be.
+func (s *Server) use(ctx context.Context, id string, contexts int, context func(int) *pb.DEKContext) (lease.Lease, []seal.Context, error) {
 	if contexts == 0 || contexts > maxBatch {
-		return lease.Lease{}, nil, rpc.Error(codes.InvalidArgument, nil, "%d DEKs in one call, want 1..%d", contexts, maxBatch)
+		return lease.Lease{}, nil, invalid("%d DEKs in one call, want 1..%d", contexts, maxBatch)
 	}
 	l, err := s.live(id)
 	if err != nil {
@@ -144,13 +67,25 @@ func (s *Server) use(id string, contexts int, context func(int) *pb.DEKContext) 
 		c := context(i)
 		out[i] = seal.Context{Purpose: seal.Purpose(c.GetPurpose()), Project: c.GetProject(), Branch: c.GetBranch(), Object: c.GetObject()}
 		if err := out[i].Validate(); err != nil {
-			return l, nil, rpc.Error(codes.InvalidArgument, nil, "%v", err)
+			return l, nil, invalid("%v", err)
 		}
-		if out[i].Project != l.Project {
-			return l, nil, rpc.Error(codes.PermissionDenied, nil, "the lease is on project %s, not on %.80q", l.Project, out[i].Project)
+		if err := s.covers(ctx, l, out[i]); err != nil {
+			return l, nil, err
 		}
 	}
 	return l, out, nil
+}
+
+// covers tells whether a lease is on the key that an object's DEKs are under.
+func (s *Server) covers(ctx context.Context, l lease.Lease, c seal.Context) error {
+	id := parseKeyID(l.Key)
+	if c.Project == id.project {
+		key, err := s.resolve(ctx, c.Project, c.Branch)
+		if err != nil || key == id {
+			return err
+		}
+	}
+	return rpc.Error(codes.PermissionDenied, nil, "the lease is on the key of %s, which is not that of branch %.80q of project %.80q", id.words(), c.Branch, c.Project)
 }
 
 // live gives a lease that lives now. The answer to one that does not is FailedPrecondition:
@@ -175,18 +110,18 @@ func objectsOf(contexts []seal.Context) []string {
 
 // GenerateDEKs implements pb.KeyManagerServer.
 func (s *Server) GenerateDEKs(ctx context.Context, req *pb.GenerateDEKsRequest) (*pb.GenerateDEKsResponse, error) {
-	l, contexts, err := s.use(req.LeaseId, len(req.Contexts), func(i int) *pb.DEKContext { return req.Contexts[i] })
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	l, contexts, err := s.use(ctx, req.LeaseId, len(req.Contexts), func(i int) *pb.DEKContext { return req.Contexts[i] })
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	p := s.project(l.Project)
-	doc, err := s.document(ctx, p, false)
+	k := s.key(parseKeyID(l.Key))
+	doc, err := s.document(ctx, k, false)
 	if err != nil {
 		return nil, s.callError(err)
 	}
-	kek, err := s.getKEK(ctx, p, doc.Current)
+	kek, err := s.getKEK(ctx, k, doc.Current)
 	if err != nil {
 		return nil, s.callError(err)
 	}
@@ -212,8 +147,8 @@ func (s *Server) GenerateDEKs(ctx context.Context, req *pb.GenerateDEKsRequest) 
 
 // giveOut audits that DEKs are given out, and checks that the lease still lives after it.
 func (s *Server) giveOut(ctx context.Context, l lease.Lease, e Event) error {
-	e.Outcome, e.Project, e.Node, e.Lease = "ok", l.Project, l.Node, l.ID
-	if err := s.audit.append(ctx, e); err != nil {
+	e.Outcome, e.Node, e.Lease = "ok", l.Node, l.ID
+	if err := s.audit.append(ctx, parseKeyID(l.Key).event(e)); err != nil {
 		return s.callError(err)
 	}
 	_, err := s.live(l.ID)
@@ -222,13 +157,13 @@ func (s *Server) giveOut(ctx context.Context, l lease.Lease, e Event) error {
 
 // UnwrapDEKs implements pb.KeyManagerServer.
 func (s *Server) UnwrapDEKs(ctx context.Context, req *pb.UnwrapDEKsRequest) (*pb.UnwrapDEKsResponse, error) {
-	l, contexts, err := s.use(req.LeaseId, len(req.Deks), func(i int) *pb.DEKContext { return req.Deks[i].GetContext() })
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	l, contexts, err := s.use(ctx, req.LeaseId, len(req.Deks), func(i int) *pb.DEKContext { return req.Deks[i].GetContext() })
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	p := s.project(l.Project)
+	k := s.key(parseKeyID(l.Key))
 	resp := &pb.UnwrapDEKsResponse{Plaintexts: make([][]byte, 0, len(contexts))}
 	fail := func(err error) (*pb.UnwrapDEKsResponse, error) {
 		for _, raw := range resp.Plaintexts {
@@ -237,10 +172,10 @@ func (s *Server) UnwrapDEKs(ctx context.Context, req *pb.UnwrapDEKsRequest) (*pb
 		return nil, err
 	}
 	for i, c := range contexts {
-		raw, err := s.unwrapDEK(ctx, p, c, req.Deks[i].GetWrapped())
+		raw, err := s.unwrapDEK(ctx, k, c, req.Deks[i].GetWrapped())
 		if errors.Is(err, seal.ErrDamaged) {
 			// A key that does not open is worth knowing of: damage, or an attempt to move it.
-			event := Event{Event: "dek.unwrapped", Outcome: "failed", Project: l.Project, Node: l.Node, Lease: l.ID, Objects: objectsOf(contexts[i : i+1])}
+			event := k.id.event(Event{Event: "dek.unwrapped", Outcome: "failed", Node: l.Node, Lease: l.ID, Objects: objectsOf(contexts[i : i+1])})
 			err = errors.Join(err, s.audit.append(ctx, event))
 		}
 		if err != nil {
@@ -254,12 +189,12 @@ func (s *Server) UnwrapDEKs(ctx context.Context, req *pb.UnwrapDEKsRequest) (*pb
 	return resp, nil
 }
 
-func (s *Server) unwrapDEK(ctx context.Context, p *projectKeys, c seal.Context, wrapped []byte) ([]byte, error) {
+func (s *Server) unwrapDEK(ctx context.Context, k *keyState, c seal.Context, wrapped []byte) ([]byte, error) {
 	version, err := seal.KEKVersion(wrapped)
 	if err != nil {
 		return nil, err
 	}
-	kek, err := s.getKEK(ctx, p, version)
+	kek, err := s.getKEK(ctx, k, version)
 	if err != nil {
 		return nil, err
 	}
@@ -268,12 +203,13 @@ func (s *Server) unwrapDEK(ctx context.Context, p *projectKeys, c seal.Context, 
 
 // KeyStatus implements pb.KeyManagerServer. It checks the key if what is known is old.
 func (s *Server) KeyStatus(ctx context.Context, req *pb.KeyStatusRequest) (*pb.KeyStatusResponse, error) {
-	if err := checkProject(req.Project); err != nil {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "%v", err)
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	p, doc, err := s.known(ctx, req.Project)
+	id, err := s.resolve(ctx, req.Project, req.Branch)
+	if err != nil {
+		return nil, err
+	}
+	k, doc, err := s.known(ctx, id)
 	if err != nil {
 		return nil, s.callError(err)
 	}
@@ -281,24 +217,24 @@ func (s *Server) KeyStatus(ctx context.Context, req *pb.KeyStatusRequest) (*pb.K
 	look := func() (stale bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		outcome, stale = s.mu.machine.State(boottime.Now(), req.Project)
+		outcome, stale = s.mu.machine.State(boottime.Now(), id.String())
 		return stale
 	}
 	if look() {
-		if err := s.check(ctx, p, look); err != nil {
+		if err := s.check(ctx, k, look); err != nil {
 			return nil, s.callError(err)
 		}
 		look()
 	}
-	resp := &pb.KeyStatusResponse{Cmk: doc.CMK, KekVersion: doc.Current, State: "unreachable"}
+	resp := &pb.KeyStatusResponse{Cmk: doc.CMK, KekVersion: doc.Current, State: "unreachable", Key: id.String()}
 	switch outcome {
 	case lease.OK:
 		resp.State = "active"
 	case lease.Denied:
 		resp.State = "revoked"
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	resp.ProviderError, resp.CheckedUnixMs = p.mu.lastError, p.mu.checkedUnixMS
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	resp.ProviderError, resp.CheckedUnixMs = k.mu.lastError, k.mu.checkedUnixMS
 	return resp, nil
 }

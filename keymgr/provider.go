@@ -44,22 +44,37 @@ type Unwrapped struct {
 // EncryptionContext says what a wrapped KEK is for. It is bound into the wrap.
 type EncryptionContext struct {
 	Project    string
+	Branch     string // empty: the project's own KEK
 	KEKVersion uint32
 }
 
 // Map is ec as AWS's EncryptionContext.
 func (ec EncryptionContext) Map() map[string]string {
-	return map[string]string{
+	m := map[string]string{
 		"holdfast:project": ec.Project,
 		"holdfast:kek":     strconv.FormatUint(uint64(ec.KEKVersion), 10),
 	}
+	if ec.Branch != "" {
+		m["holdfast:branch"] = ec.Branch
+	}
+	return m
 }
 
-// AAD is ec as additional authenticated data (Google Cloud KMS, transit, PKCS#11, local).
+// AAD is ec as additional authenticated data (Google Cloud KMS, transit, PKCS#11, local). It
+// is injective: version 2, of branches, says where the project's name ends.
 func (ec EncryptionContext) AAD() []byte {
-	b := append([]byte(nil), "holdfast kek v1\n"...)
+	if ec.Branch == "" {
+		b := append([]byte(nil), "holdfast kek v1\n"...)
+		b = binary.LittleEndian.AppendUint32(b, ec.KEKVersion)
+		return append(b, ec.Project...)
+	}
+	b := append([]byte(nil), "holdfast kek v2\n"...)
 	b = binary.LittleEndian.AppendUint32(b, ec.KEKVersion)
-	return append(b, ec.Project...)
+	for _, part := range []string{ec.Project, ec.Branch} {
+		b = binary.LittleEndian.AppendUint16(b, uint16(len(part))) // names have at most maxName bytes
+		b = append(b, part...)
+	}
+	return b
 }
 
 // Outcome is what a failed call to a provider means for the key.

@@ -7,17 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
-
-	"google.golang.org/grpc/codes"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/boottime"
-	"github.com/holdfastdb/holdfast/internal/rpc"
-	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/keymgr/lease"
 )
 
@@ -68,29 +63,34 @@ const (
 	maxNode = 256
 )
 
-// Server implements pb.KeyManagerServer.
+// Server implements pb.KeyManagerServer and pb.KeyAdminServer.
 type Server struct {
 	pb.UnimplementedKeyManagerServer
-	cfg   Config
-	audit *auditLog
-	stop  context.CancelFunc
-	ctx   context.Context // ends with Close
-	wg    sync.WaitGroup
+	pb.UnimplementedKeyAdminServer
+	cfg      Config
+	audit    *auditLog
+	resolver *resolver
+	stop     context.CancelFunc
+	ctx      context.Context // ends with Close
+	wg       sync.WaitGroup
 
 	closing  sync.Once
 	closeErr error
 
 	mu struct {
 		sync.Mutex
-		machine  *lease.Machine
-		projects map[string]*projectKeys
-		// refused holds who was told no since the project's last check, so that the audit log
+		machine *lease.Machine
+		keys    map[keyID]*keyState
+		// refused holds who was told no since the key's last check, so that the audit log
 		// has it once.
-		refused map[string]map[string]bool
+		refused map[keyID]map[string]bool
 	}
 }
 
-var _ pb.KeyManagerServer = (*Server)(nil)
+var (
+	_ pb.KeyManagerServer = (*Server)(nil)
+	_ pb.KeyAdminServer   = (*Server)(nil)
+)
 
 // New opens a key manager.
 func New(cfg Config) (*Server, error) {
@@ -102,7 +102,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, audit: audit}
+	s := &Server{cfg: cfg, audit: audit, resolver: newResolver()}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.mu.machine = lease.New(lease.Config{
 		CheckInterval: cfg.CheckInterval,
@@ -110,8 +110,8 @@ func New(cfg Config) (*Server, error) {
 		RetryGap:      min(cfg.CheckInterval/10, 500*time.Millisecond),
 		Idle:          cfg.LeaseTTL + cfg.CheckInterval,
 	})
-	s.mu.projects = make(map[string]*projectKeys)
-	s.mu.refused = make(map[string]map[string]bool)
+	s.mu.keys = make(map[keyID]*keyState)
+	s.mu.refused = make(map[keyID]map[string]bool)
 	s.wg.Add(1)
 	go s.tick()
 	return s, nil
@@ -127,23 +127,11 @@ func (s *Server) close() error {
 	s.stop()
 	s.wg.Wait()
 	s.mu.Lock()
-	for _, p := range s.mu.projects {
-		p.wipe()
+	for _, k := range s.mu.keys {
+		k.wipe()
 	}
 	s.mu.Unlock()
 	return s.audit.Close()
-}
-
-// project is the in-memory state of a project's keys.
-func (s *Server) project(name string) *projectKeys {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.mu.projects[name]
-	if p == nil {
-		p = newProjectKeys(name)
-		s.mu.projects[name] = p
-	}
-	return p
 }
 
 // tick removes leases that ran out and forgets keys that nobody uses.
@@ -166,101 +154,28 @@ func (s *Server) tick() {
 func (s *Server) tickOnce() error {
 	s.mu.Lock()
 	expired, forget, gone := s.mu.machine.Tick(boottime.Now())
-	var forgotten []string
+	var forgotten []keyID
 	for _, name := range forget {
-		if p := s.mu.projects[name]; p != nil && p.wipe() {
-			forgotten = append(forgotten, name)
+		if k := s.mu.keys[parseKeyID(name)]; k != nil && k.wipe() {
+			forgotten = append(forgotten, k.id)
 		}
 	}
 	for _, name := range gone {
-		delete(s.mu.projects, name)
-		delete(s.mu.refused, name)
+		delete(s.mu.keys, parseKeyID(name))
+		delete(s.mu.refused, parseKeyID(name))
 	}
 	s.mu.Unlock()
 	var events []Event
 	for _, l := range expired {
-		events = append(events, Event{Event: "lease.expired", Outcome: "ok", Project: l.Project, Node: l.Node, Lease: l.ID})
+		events = append(events, parseKeyID(l.Key).event(Event{Event: "lease.expired", Outcome: "ok", Node: l.Node, Lease: l.ID}))
 	}
-	for _, name := range forgotten {
-		events = append(events, Event{Event: "kek.forgotten", Outcome: "ok", Project: name, Detail: "no lease and no fresh answer of the KMS"})
+	for _, id := range forgotten {
+		events = append(events, id.event(Event{Event: "kek.forgotten", Outcome: "ok", Detail: "no lease and no fresh answer of the KMS"}))
 	}
 	if len(events) == 0 {
 		return nil
 	}
 	return s.audit.append(s.ctx, events...)
-}
-
-// CreateProject implements pb.KeyManagerServer.
-func (s *Server) CreateProject(ctx context.Context, req *pb.CreateProjectRequest) (*pb.CreateProjectResponse, error) {
-	if err := checkProject(req.Project); err != nil {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "%v", err)
-	}
-	if req.Cmk == "" || len(req.Cmk) > 2048 {
-		return nil, rpc.Error(codes.InvalidArgument, nil, "creating project %s: the CMK's name has %d bytes, want 1..2048", req.Project, len(req.Cmk))
-	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	if err := s.allowed(req.Project, req.Cmk); err != nil {
-		return nil, err
-	}
-	doc, err := loadDocument(ctx, s.cfg.BlobStore, req.Project)
-	if errors.Is(err, blob.ErrNotFound) {
-		doc, err = s.newProject(ctx, req.Project, req.Cmk)
-	}
-	if err != nil {
-		return nil, s.callError(err)
-	}
-	if doc.CMK != req.Cmk {
-		return nil, rpc.Error(codes.FailedPrecondition, nil, "project %s exists under CMK %s, not %s", req.Project, doc.CMK, req.Cmk)
-	}
-	return &pb.CreateProjectResponse{KekVersion: doc.Current}, nil
-}
-
-// allowed refuses a CMK that the configuration does not list.
-func (s *Server) allowed(project, cmk string) error {
-	if len(s.cfg.CMKs) == 0 || slices.Contains(s.cfg.CMKs, cmk) {
-		return nil
-	}
-	return rpc.Error(codes.PermissionDenied, nil, "project %s under CMK %.200q: this key manager's configuration does not list that CMK", project, cmk)
-}
-
-func (s *Server) newProject(ctx context.Context, project, cmk string) (*document, error) {
-	const version = 1
-	ec := EncryptionContext{Project: project, KEKVersion: version}
-	raw := make([]byte, seal.KeySize)
-	rand.Read(raw) // never fails: crypto/rand
-	payload := kekPayload(ec, raw)
-	clear(raw)
-	defer clear(payload)
-	callCtx, cancel := context.WithTimeout(ctx, providerTimeout)
-	defer cancel()
-	w, err := s.cfg.Provider.Wrap(callCtx, cmk, ec, payload)
-	event := Event{Event: "cmk.wrap", Project: project, CMK: cmk, KEKVersion: version, CMKVersion: w.Version, RequestID: w.RequestID}
-	if err := s.auditProvider(ctx, event, err); err != nil {
-		return nil, err
-	}
-	doc := &document{Format: documentFormat, Project: project, CMK: cmk, Current: version,
-		KEKs: []wrapped{{Version: version, Wrapped: w.Ciphertext, CMKVersion: w.Version}}}
-	if doc, err = createDocument(ctx, s.cfg.BlobStore, doc); err != nil {
-		return nil, err
-	}
-	return doc, s.audit.append(ctx, Event{Event: "project.created", Outcome: "ok", Project: project, CMK: doc.CMK, KEKVersion: doc.Current})
-}
-
-// auditProvider records a call to the KMS and gives its error, or that of recording.
-func (s *Server) auditProvider(ctx context.Context, e Event, err error) error {
-	e.Outcome = "ok"
-	if err != nil {
-		outcome, id := outcomeOf(err)
-		e.Outcome, e.RequestID, e.Detail = outcome.String(), id, err.Error()
-	}
-	// The KMS's log has the call, so this one has it even if the caller went away.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-	defer cancel()
-	if auditErr := s.audit.append(ctx, e); auditErr != nil {
-		return auditErr
-	}
-	return err
 }
 
 func newLeaseID() string {

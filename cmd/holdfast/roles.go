@@ -135,7 +135,10 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 		return nil, err
 	}
 	s.onClose(srv.Close)
-	if err := s.serve(cfg.Listen, func(g *grpc.Server) { pb.RegisterKeyManagerServer(g, srv) }); err != nil {
+	if err := s.serve(cfg.Listen, func(g *grpc.Server) {
+		pb.RegisterKeyManagerServer(g, srv)
+		pb.RegisterKeyAdminServer(g, srv)
+	}); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	return s, nil

@@ -62,12 +62,24 @@ type Decision struct {
 	Why   Outcome       // with Refuse: Denied or Unreachable
 }
 
-// Lease is one node's right to a project's keys.
+// Lease is one node's right to the DEKs under a key.
 type Lease struct {
-	ID      string
-	Project string
-	Node    string
-	End     Instant
+	ID        string
+	Key       string
+	Node      string
+	Branch    string // that it was asked for, empty: any under the key
+	PublicKey string // of the process, as it was asked for with
+	End       Instant
+}
+
+// Ask is a node's request.
+type Ask struct {
+	Key       string
+	Node      string
+	ID        string // of the lease to renew
+	NewID     string // that a new one will have
+	Branch    string
+	PublicKey string
 }
 
 type project struct {
@@ -108,20 +120,20 @@ func (m *Machine) fresh(now Instant, p *project) bool {
 	return p.outcome == OK && now-p.began <= m.cfg.CheckInterval
 }
 
-// Request asks for a lease for a node, or to renew the lease id. newID names a new one.
-func (m *Machine) Request(now Instant, name, node, id, newID string) Decision {
-	p := m.project(now, name)
+// Request asks for a lease, or to renew one.
+func (m *Machine) Request(now Instant, a Ask) Decision {
+	p := m.project(now, a.Key)
 	if !m.fresh(now, p) {
 		if p.outcome != OK && p.outcome != Never && now-p.ended < m.cfg.RetryGap {
 			return Decision{Kind: Refuse, Why: p.outcome}
 		}
 		return Decision{Kind: Check}
 	}
-	l := m.leases[id]
-	isNew := l == nil || l.Project != name || l.Node != node || now >= l.End
+	l := m.leases[a.ID]
+	isNew := l == nil || l.Key != a.Key || l.Node != a.Node || l.PublicKey != a.PublicKey || now >= l.End
 	if isNew {
-		l = &Lease{ID: newID, Project: name, Node: node}
-		m.leases[newID], p.leases[newID] = l, l
+		l = &Lease{ID: a.NewID, Key: a.Key, Node: a.Node, Branch: a.Branch, PublicKey: a.PublicKey}
+		m.leases[a.NewID], p.leases[a.NewID] = l, l
 	}
 	l.End = now + m.cfg.TTL
 	return Decision{Kind: Grant, Lease: l.ID, New: isNew, TTL: m.cfg.TTL}
@@ -180,7 +192,7 @@ func (m *Machine) Tick(now Instant) (expired []Lease, forget, gone []string) {
 		if now >= l.End {
 			expired = append(expired, *l)
 			delete(m.leases, id)
-			delete(m.projects[l.Project].leases, id)
+			delete(m.projects[l.Key].leases, id)
 		}
 	}
 	for name, p := range m.projects {

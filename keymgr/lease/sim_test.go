@@ -105,7 +105,7 @@ func (w *sim) check(then func()) {
 // request is the key manager's Lease call.
 func (w *sim) request(n *simNode, id string, checked bool, reply func(Decision)) {
 	w.ids++
-	d := w.machine.Request(w.now, "p", n.name, id, fmt.Sprint("l", w.ids))
+	d := w.machine.Request(w.now, ask("p", n.name, id, fmt.Sprint("l", w.ids)))
 	if d.Kind == Check && !checked {
 		w.check(func() { w.request(n, id, true, reply) })
 		return
