@@ -25,6 +25,7 @@ import (
 	"github.com/holdfastdb/holdfast/compute/wal"
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/auxfile"
+	"github.com/holdfastdb/holdfast/internal/dekwire"
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -166,7 +167,7 @@ func (a *agent) lease(ctx context.Context) (err error) {
 	if a.keyConn, err = rpc.Dial(a.cfg.KeyManager); err != nil {
 		return err
 	}
-	a.ring = keyring.New(pb.NewKeyManagerClient(a.keyConn), "compute/"+a.cfg.Name)
+	a.ring = keyring.New(dekwire.Client(pb.NewKeyManagerClient(a.keyConn)), "compute/"+a.cfg.Name)
 	a.noShred = a.ring.OnShred(a.cfg.Project, func(reason error) {
 		a.kill(fmt.Errorf("the lease on the project's keys has ended: %w", reason))
 	})

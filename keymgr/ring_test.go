@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/dekwire"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
@@ -33,7 +34,7 @@ func TestRingOverTheWire(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := rpc.NewServer()
-	pb.RegisterKeyManagerServer(g, srv)
+	pb.RegisterKeyManagerServer(g, dekwire.Server(srv))
 	go func() { _ = g.Serve(l) }() // ends with Stop
 	t.Cleanup(func() { g.Stop(); srv.Close() })
 	conn, err := rpc.Dial(addr)
@@ -45,7 +46,7 @@ func TestRingOverTheWire(t *testing.T) {
 	if _, err := client.CreateProject(t.Context(), &pb.CreateProjectRequest{Project: "p1", Cmk: "dev"}, grpc.WaitForReady(true)); err != nil {
 		t.Fatal(err)
 	}
-	ring := keyring.New(client, "node1")
+	ring := keyring.New(dekwire.Client(client), "node1")
 	t.Cleanup(ring.Close)
 
 	c := seal.Context{Purpose: seal.PurposeWAL, Project: "p1", Branch: "b", Object: "s1"}

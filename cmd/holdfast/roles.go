@@ -21,6 +21,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
 	"github.com/holdfastdb/holdfast/internal/config"
+	"github.com/holdfastdb/holdfast/internal/dekwire"
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -90,7 +91,7 @@ func (s *service) openRing(addr, node string) (keyring.Ring, error) {
 		return nil, err
 	}
 	s.onClose(conn.Close)
-	ring := keyring.New(pb.NewKeyManagerClient(conn), node)
+	ring := keyring.New(dekwire.Client(pb.NewKeyManagerClient(conn)), node)
 	s.onClose(func() error { ring.Close(); return nil })
 	return ring, nil
 }
@@ -136,7 +137,7 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 	}
 	s.onClose(srv.Close)
 	if err := s.serve(cfg.Listen, func(g *grpc.Server) {
-		pb.RegisterKeyManagerServer(g, srv)
+		pb.RegisterKeyManagerServer(g, dekwire.Server(srv))
 		pb.RegisterKeyAdminServer(g, srv)
 	}); err != nil {
 		return nil, errors.Join(err, s.close())

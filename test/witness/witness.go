@@ -24,6 +24,7 @@ import (
 
 	"github.com/holdfastdb/holdfast/compute/boot"
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/dekwire"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -75,7 +76,7 @@ func New(ctx context.Context, cfg Config, start pg.LSN) (w *Witness, err error) 
 	if err != nil {
 		return w, err
 	}
-	w.ring = keyring.New(pb.NewKeyManagerClient(keys), "witness")
+	w.ring = keyring.New(dekwire.Client(pb.NewKeyManagerClient(keys)), "witness")
 	w.client = pb.NewPageServerClient(pages)
 	source, err := walclient.New(cfg.Project, cfg.Branch, cfg.Safekeepers, cfg.Log)
 	if err != nil {

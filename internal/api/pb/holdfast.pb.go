@@ -660,10 +660,13 @@ func (x *LeaseResponse) GetKey() string {
 	return ""
 }
 
+// DEKs travel sealed: each request that asks for some brings a fresh public key (P-256, uncompressed), the
+// answer another, and between them plaintext is what internal/dekwire seals.
 type GenerateDEKsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	Contexts      []*DEKContext          `protobuf:"bytes,2,rep,name=contexts,proto3" json:"contexts,omitempty"`
+	ExchangeKey   []byte                 `protobuf:"bytes,3,opt,name=exchange_key,json=exchangeKey,proto3" json:"exchange_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -712,9 +715,17 @@ func (x *GenerateDEKsRequest) GetContexts() []*DEKContext {
 	return nil
 }
 
+func (x *GenerateDEKsRequest) GetExchangeKey() []byte {
+	if x != nil {
+		return x.ExchangeKey
+	}
+	return nil
+}
+
 type GenerateDEKsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Deks          []*DEK                 `protobuf:"bytes,1,rep,name=deks,proto3" json:"deks,omitempty"`
+	ExchangeKey   []byte                 `protobuf:"bytes,2,opt,name=exchange_key,json=exchangeKey,proto3" json:"exchange_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -752,6 +763,13 @@ func (*GenerateDEKsResponse) Descriptor() ([]byte, []int) {
 func (x *GenerateDEKsResponse) GetDeks() []*DEK {
 	if x != nil {
 		return x.Deks
+	}
+	return nil
+}
+
+func (x *GenerateDEKsResponse) GetExchangeKey() []byte {
+	if x != nil {
+		return x.ExchangeKey
 	}
 	return nil
 }
@@ -864,6 +882,7 @@ type UnwrapDEKsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	Deks          []*WrappedDEK          `protobuf:"bytes,2,rep,name=deks,proto3" json:"deks,omitempty"`
+	ExchangeKey   []byte                 `protobuf:"bytes,3,opt,name=exchange_key,json=exchangeKey,proto3" json:"exchange_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -912,9 +931,17 @@ func (x *UnwrapDEKsRequest) GetDeks() []*WrappedDEK {
 	return nil
 }
 
+func (x *UnwrapDEKsRequest) GetExchangeKey() []byte {
+	if x != nil {
+		return x.ExchangeKey
+	}
+	return nil
+}
+
 type UnwrapDEKsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Plaintexts    [][]byte               `protobuf:"bytes,1,rep,name=plaintexts,proto3" json:"plaintexts,omitempty"`
+	ExchangeKey   []byte                 `protobuf:"bytes,2,opt,name=exchange_key,json=exchangeKey,proto3" json:"exchange_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -952,6 +979,13 @@ func (*UnwrapDEKsResponse) Descriptor() ([]byte, []int) {
 func (x *UnwrapDEKsResponse) GetPlaintexts() [][]byte {
 	if x != nil {
 		return x.Plaintexts
+	}
+	return nil
+}
+
+func (x *UnwrapDEKsResponse) GetExchangeKey() []byte {
+	if x != nil {
+		return x.ExchangeKey
 	}
 	return nil
 }
@@ -6086,26 +6120,30 @@ const file_holdfast_proto_rawDesc = "" +
 	"\rLeaseResponse\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x15\n" +
 	"\x06ttl_ms\x18\x02 \x01(\x03R\x05ttlMs\x12\x10\n" +
-	"\x03key\x18\x03 \x01(\tR\x03key\"e\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\"\x88\x01\n" +
 	"\x13GenerateDEKsRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x123\n" +
-	"\bcontexts\x18\x02 \x03(\v2\x17.holdfast.v1.DEKContextR\bcontexts\"<\n" +
+	"\bcontexts\x18\x02 \x03(\v2\x17.holdfast.v1.DEKContextR\bcontexts\x12!\n" +
+	"\fexchange_key\x18\x03 \x01(\fR\vexchangeKey\"_\n" +
 	"\x14GenerateDEKsResponse\x12$\n" +
-	"\x04deks\x18\x01 \x03(\v2\x10.holdfast.v1.DEKR\x04deks\"=\n" +
+	"\x04deks\x18\x01 \x03(\v2\x10.holdfast.v1.DEKR\x04deks\x12!\n" +
+	"\fexchange_key\x18\x02 \x01(\fR\vexchangeKey\"=\n" +
 	"\x03DEK\x12\x1c\n" +
 	"\tplaintext\x18\x01 \x01(\fR\tplaintext\x12\x18\n" +
 	"\awrapped\x18\x02 \x01(\fR\awrapped\"Y\n" +
 	"\n" +
 	"WrappedDEK\x121\n" +
 	"\acontext\x18\x01 \x01(\v2\x17.holdfast.v1.DEKContextR\acontext\x12\x18\n" +
-	"\awrapped\x18\x02 \x01(\fR\awrapped\"[\n" +
+	"\awrapped\x18\x02 \x01(\fR\awrapped\"~\n" +
 	"\x11UnwrapDEKsRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12+\n" +
-	"\x04deks\x18\x02 \x03(\v2\x17.holdfast.v1.WrappedDEKR\x04deks\"4\n" +
+	"\x04deks\x18\x02 \x03(\v2\x17.holdfast.v1.WrappedDEKR\x04deks\x12!\n" +
+	"\fexchange_key\x18\x03 \x01(\fR\vexchangeKey\"W\n" +
 	"\x12UnwrapDEKsResponse\x12\x1e\n" +
 	"\n" +
 	"plaintexts\x18\x01 \x03(\fR\n" +
-	"plaintexts\"O\n" +
+	"plaintexts\x12!\n" +
+	"\fexchange_key\x18\x02 \x01(\fR\vexchangeKey\"O\n" +
 	"\x12RewrapDEKsResponse\x12\x18\n" +
 	"\awrapped\x18\x01 \x03(\fR\awrapped\x12\x1f\n" +
 	"\vkek_version\x18\x02 \x01(\rR\n" +
