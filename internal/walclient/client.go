@@ -195,6 +195,14 @@ func (c *Client) CreateBranch(ctx context.Context, start pg.LSN) error {
 	})
 }
 
+// DeleteBranch makes the safekeepers forget the branch. It may be called again.
+func (c *Client) DeleteBranch(ctx context.Context) error {
+	return c.call(ctx, "deleting the log", func(ctx context.Context, sk pb.SafekeeperClient) error {
+		_, err := sk.DeleteBranch(ctx, &pb.DeleteBranchRequest{Project: c.project, Branch: c.branch})
+		return err
+	})
+}
+
 // Epoch is the right to append, until a higher one is opened.
 type Epoch struct {
 	Number uint64

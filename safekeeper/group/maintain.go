@@ -164,6 +164,9 @@ func (g *Group) archive(branch uint32, name walstate.Name, from, to pg.LSN) erro
 		if err != nil {
 			return err
 		}
+		if errors.Is(r.Err, walstate.ErrNoBranch) { // it was deleted meanwhile: nobody else knows of this object
+			return g.cfg.Blob.Delete(ctx, archive.Key(name, a))
+		}
 		if r.Err != nil && !errors.Is(r.Err, walstate.ErrGap) {
 			return r.Err
 		}

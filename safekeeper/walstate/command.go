@@ -18,6 +18,7 @@
 //	                  wrapped DEK, then the ciphertext to the entry's end
 //	  4 Durable       branch number uint32, lsn uint64
 //	  5 Archived      branch number uint32, begin, end uint64, bytes uint64
+//	  7 DeleteBranch  branch number uint32
 package walstate
 
 import (
@@ -38,6 +39,9 @@ const (
 	KindDurable
 	KindArchived
 )
+
+// KindDeleteBranch forgets a branch. Its number is not given out again.
+const KindDeleteBranch Kind = 7
 
 // A Command is one decoded Raft entry. Its byte fields alias the entry.
 type Command struct {
@@ -93,6 +97,8 @@ func (c *Command) Encode(dst []byte) []byte {
 		dst = le.AppendUint64(dst, uint64(c.Begin))
 		dst = le.AppendUint64(dst, uint64(c.End))
 		return le.AppendUint64(dst, c.Bytes)
+	case KindDeleteBranch:
+		return le.AppendUint32(dst, c.Branch)
 	}
 	panic(fmt.Sprintf("walstate: command kind %d does not exist", c.Kind)) // kinds are constants of this package
 }
@@ -142,6 +148,8 @@ func Decode(data []byte) (c Command, err error) {
 	case KindArchived:
 		c.Branch = d.uint32()
 		c.Begin, c.End, c.Bytes = pg.LSN(d.uint64()), pg.LSN(d.uint64()), d.uint64()
+	case KindDeleteBranch:
+		c.Branch = d.uint32()
 	default:
 		return Command{}, fmt.Errorf("WAL command of kind %d is not known to this version", c.Kind)
 	}

@@ -10,6 +10,7 @@ import (
 type image struct {
 	Version  int
 	Applied  uint64
+	Last     uint32 `json:",omitempty"` // as in State; of branches that are there if absent
 	Branches []*Branch
 }
 
@@ -17,7 +18,7 @@ const imageVersion = 1
 
 // Snapshot writes the state down.
 func (s *State) Snapshot() ([]byte, error) {
-	return json.Marshal(image{Version: imageVersion, Applied: s.applied, Branches: s.Branches()})
+	return json.Marshal(image{Version: imageVersion, Applied: s.applied, Last: s.last, Branches: s.Branches()})
 }
 
 // Restore makes a State from what Snapshot wrote.
@@ -37,5 +38,6 @@ func Restore(data []byte) (*State, error) {
 		}
 		s.add(b)
 	}
+	s.last = max(s.last, im.Last)
 	return s, nil
 }

@@ -71,6 +71,7 @@ func (b *Branch) Find(lsn pg.LSN) (int, bool) {
 type State struct {
 	branches map[uint32]*Branch
 	byName   map[Name]*Branch
+	last     uint32 // the highest number that a branch was ever given
 	applied  uint64
 }
 
@@ -106,7 +107,7 @@ type Result struct {
 	// OpenEpoch: what the branch was at that point of the log.
 	Epoch      uint64
 	Start, End pg.LSN
-	// Durable: what of the archive is not needed any more.
+	// Durable, DeleteBranch: what of the archive is not needed any more.
 	Dropped []Archived
 }
 
@@ -146,6 +147,10 @@ func (s *State) Apply(index uint64, data []byte) (Result, error) {
 		r.Dropped, r.Err = b.setDurable(c.Begin)
 	case KindArchived:
 		r.Err = b.addArchived(c)
+	case KindDeleteBranch:
+		delete(s.branches, b.No)
+		delete(s.byName, b.Name)
+		r.Dropped = b.Archive
 	}
 	return r, nil
 }
@@ -157,12 +162,15 @@ func (s *State) createBranch(c Command) (*Branch, error) {
 		}
 		return b, nil
 	}
-	b := &Branch{No: uint32(len(s.branches) + 1), Name: c.Name, Start: c.Begin, End: c.Begin, Durable: c.Begin}
+	b := &Branch{No: s.last + 1, Name: c.Name, Start: c.Begin, End: c.Begin, Durable: c.Begin}
 	s.add(b)
 	return b, nil
 }
 
-func (s *State) add(b *Branch) { s.branches[b.No], s.byName[b.Name] = b, b }
+func (s *State) add(b *Branch) {
+	s.branches[b.No], s.byName[b.Name] = b, b
+	s.last = max(s.last, b.No)
+}
 
 func (b *Branch) append(c Command, index uint64) error {
 	switch {

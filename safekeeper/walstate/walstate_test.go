@@ -17,6 +17,7 @@ func commands() []Command {
 		{Kind: KindAppend, Branch: 1, Epoch: 1, Begin: 8, End: 24, Counter: 7, Object: []byte("o"), WrappedDEK: []byte("w"), Ciphertext: []byte("cc")},
 		{Kind: KindDurable, ID: 3, Branch: 1, Begin: 16},
 		{Kind: KindArchived, ID: 4, Branch: 1, Begin: 8, End: 24, Bytes: 99},
+		{Kind: KindDeleteBranch, ID: 5, Branch: 1},
 	}
 }
 
@@ -126,5 +127,36 @@ func TestWhatAppliesDecides(t *testing.T) {
 		if _, err := Restore(b[:n]); err == nil {
 			t.Errorf("a snapshot cut to %d bytes is taken", n)
 		}
+	}
+}
+
+// A number that came back would give a deleted branch's entries, which are in the log still, to another.
+func TestADeletedBranchsNumberIsNotGivenOutAgain(t *testing.T) {
+	s := New()
+	first, second := Command{Kind: KindCreateBranch, Name: Name{"p", "a"}, Begin: 8}, Command{Kind: KindCreateBranch, Name: Name{"p", "b"}, Begin: 8}
+	apply(t, s, first, nil)
+	apply(t, s, Command{Kind: KindOpenEpoch, Branch: 1}, nil)
+	apply(t, s, Command{Kind: KindAppend, Branch: 1, Epoch: 1, Begin: 8, End: 24}, nil)
+	apply(t, s, Command{Kind: KindArchived, Branch: 1, Begin: 8, End: 16, Bytes: 9}, nil)
+	if r := apply(t, s, Command{Kind: KindDeleteBranch, Branch: 1}, nil); len(r.Dropped) != 1 || r.Branch == nil {
+		t.Errorf("deleted: %+v, want its archive dropped", r)
+	}
+	apply(t, s, Command{Kind: KindDeleteBranch, Branch: 1}, ErrNoBranch)
+	apply(t, s, Command{Kind: KindAppend, Branch: 1, Epoch: 1, Begin: 24, End: 32}, ErrNoBranch) // was under way
+	if b, _, _ := s.Needs(s.Applied()); b != nil || s.Lookup(first.Name) != nil {
+		t.Error("WAL of a deleted branch is needed, or the branch found")
+	}
+	data, err := s.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Restore(data); err != nil {
+		t.Fatal(err)
+	}
+	if r := apply(t, s, second, nil); r.Branch.No != 2 {
+		t.Errorf("the next branch has number %d, want 2", r.Branch.No)
+	}
+	if r := apply(t, s, first, nil); r.Branch.No != 3 || r.Branch.End != 8 {
+		t.Errorf("made anew: %+v, want number 3 and an empty log", r.Branch)
 	}
 }
