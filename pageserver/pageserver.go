@@ -75,6 +75,7 @@ type Server struct {
 		sync.Mutex
 		closed   bool
 		branches map[branchName]*branch
+		deleting map[branchName]bool // cannot be attached
 	}
 	imports sync.Mutex // one import at a time: each holds a data directory in memory
 }
@@ -100,6 +101,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, log: cfg.Logger}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.mu.branches = make(map[branchName]*branch)
+	s.mu.deleting = make(map[branchName]bool)
 	return s, nil
 }
 
@@ -161,6 +163,9 @@ func (s *Server) attach(project, id string) (*branch, error) {
 	defer s.mu.Unlock()
 	if s.mu.closed {
 		return nil, rpc.Error(codes.Unavailable, nil, "this page server is shutting down")
+	}
+	if s.mu.deleting[name] {
+		return nil, rpc.Error(codes.Unavailable, nil, "branch %s is being deleted", id)
 	}
 	if b := s.mu.branches[name]; b != nil {
 		return b, nil
