@@ -21,6 +21,9 @@ type cluster struct {
 	Projects  []projectDoc  `json:"projects"`
 	Branches  []branchDoc   `json:"branches"`
 	Endpoints []endpointDoc `json:"endpoints"`
+	// Leftovers are branches that are being made, rehearsed with or removed: none of them is in use, and
+	// what is there of them is removed when that fails, or at the manager's next start.
+	Leftovers []branchDoc `json:"leftovers,omitempty"`
 }
 
 type projectDoc struct {
@@ -33,6 +36,7 @@ type branchDoc struct {
 	ID      string `json:"id"`
 	Project string `json:"project"`
 	Name    string `json:"name"`
+	OwnKey  bool   `json:"own_key,omitempty"` // it has a KEK of its own
 }
 
 type endpointDoc struct {
@@ -95,6 +99,11 @@ func (c *cluster) check() error {
 			return fmt.Errorf("branch %.80q, named %.80q: no id or name, of no project, or there twice", b.ID, b.Name)
 		}
 		branches[id] = true
+	}
+	for _, b := range c.Leftovers {
+		if id := (branchDoc{ID: b.ID, Project: b.Project}); !validName.MatchString(b.ID) || !validName.MatchString(b.Name) || !projects[b.Project] || branches[id] {
+			return fmt.Errorf("leftover branch %.80q, named %.80q: no id or name, of no project, or in use", b.ID, b.Name)
+		}
 	}
 	for _, e := range c.Endpoints {
 		if !validName.MatchString(e.Name) || endpoints[e.Name] || !branches[branchDoc{ID: e.Branch, Project: e.Project}] {

@@ -58,9 +58,14 @@ type Manager struct {
 	keymgr      pb.KeyManagerClient
 	pageserver  pb.PageServerClient
 	safekeepers []pb.SafekeeperClient
+	keyAdmin    pb.KeyAdminClient
 
 	stopAttach context.CancelFunc
 	attachDone chan struct{}
+	sweepDone  chan struct{}
+
+	started    chan struct{} // closed when the branches that an earlier manager left are known
+	branchTurn chan struct{} // holds a token of who makes, removes or rehearses with a branch
 
 	mu struct {
 		sync.Mutex
@@ -79,7 +84,7 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.LogDir == "" {
 		cfg.LogDir = cfg.Dir
 	}
-	m := &Manager{cfg: cfg}
+	m := &Manager{cfg: cfg, started: make(chan struct{}), branchTurn: make(chan struct{}, 1)}
 	m.mu.endpoints = make(map[string]*supervisor)
 	dial := func(addr string) (*grpc.ClientConn, error) {
 		c, err := rpc.Dial(addr)
@@ -97,6 +102,7 @@ func New(cfg Config) (*Manager, error) {
 		return nil, errors.Join(err, m.closeConns())
 	}
 	m.keymgr, m.pageserver = pb.NewKeyManagerClient(kc), pb.NewPageServerClient(pc)
+	m.keyAdmin = pb.NewKeyAdminClient(kc)
 	for _, addr := range cfg.Safekeepers {
 		c, err := dial(addr)
 		if err != nil {
@@ -131,8 +137,10 @@ func (m *Manager) Start(ctx context.Context) error {
 		return err
 	}
 	attachCtx, cancel := context.WithCancel(context.Background())
-	m.stopAttach, m.attachDone = cancel, make(chan struct{})
+	m.stopAttach, m.attachDone, m.sweepDone = cancel, make(chan struct{}), make(chan struct{})
 	go m.keepAttached(attachCtx)
+	go func() { defer close(m.sweepDone); m.sweep(attachCtx, c.Leftovers) }()
+	close(m.started)
 
 	var wanted []*supervisor
 	m.mu.Lock()
@@ -200,7 +208,7 @@ func (m *Manager) keepAttached(ctx context.Context) {
 // newEndpoint makes the supervisor of an endpoint that is not running yet.
 func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 	dir := filepath.Join(m.cfg.ComputeDir, doc.Name)
-	file := filepath.Join(m.cfg.Dir, "endpoint-"+doc.Name+".yaml")
+	file := m.endpointFile(doc.Name)
 	command := func(reset []string) (*exec.Cmd, error) {
 		if err := config.Save(file, m.computeConfig(doc, dir)); err != nil {
 			return nil, fmt.Errorf("writing the endpoint's configuration: %w", err)
@@ -246,6 +254,7 @@ func (m *Manager) Close(ctx context.Context) error {
 	if m.stopAttach != nil {
 		m.stopAttach()
 		<-m.attachDone
+		<-m.sweepDone
 	}
 	m.mu.Lock()
 	endpoints := make([]*supervisor, 0, len(m.mu.endpoints))
