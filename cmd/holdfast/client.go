@@ -8,14 +8,17 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -27,26 +30,55 @@ const callTimeout = 2 * time.Minute
 
 // withManager calls fn with a client of the cluster's manager.
 func withManager(cmd *cobra.Command, fn func(context.Context, pb.ManagerClient) error) error {
-	l, err := layoutOf(cmd)
-	if err != nil {
-		return err
-	}
-	conn, err := rpc.Dial(l.socket("manager"))
+	return withManagerFor(cmd, callTimeout, fn)
+}
+
+func withManagerFor(cmd *cobra.Command, limit time.Duration, fn func(context.Context, pb.ManagerClient) error) error {
+	conn, err := dialRole(cmd, "manager", "")
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+	ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 	defer cancel()
-	err = fn(ctx, pb.NewManagerClient(conn))
-	if status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "dial unix") {
+	return inWords(cmd, fn(ctx, pb.NewManagerClient(conn)))
+}
+
+// dialRole makes a connection to a role: at addr or, if that is empty, at its socket below --data.
+func dialRole(cmd *cobra.Command, role, addr string) (*grpc.ClientConn, error) {
+	if addr != "" {
+		return rpc.Dial(addr)
+	}
+	l, err := layoutOf(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return rpc.Dial(l.socket(role))
+}
+
+// inWords makes a role's error one for the user.
+func inWords(cmd *cobra.Command, err error) error {
+	st, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	if st.Code() == codes.Unavailable && strings.Contains(err.Error(), "dial ") {
+		l, layoutErr := layoutOf(cmd)
+		if layoutErr != nil {
+			return layoutErr
+		}
+		for _, flag := range []string{"keymgr", "manager"} {
+			if f := cmd.Flags().Lookup(flag); f != nil && f.Changed {
+				return fmt.Errorf("--%s %s, or a role below %s, does not answer: %s", flag, f.Value, l.dir, st.Message())
+			}
+		}
 		return fmt.Errorf("no cluster is running over %s: start one with `holdfast up --data %s`", l.dir, l.dir)
 	}
-	if st, ok := status.FromError(err); ok && err != nil {
-		return errors.New(st.Message())
-	}
-	return err
+	return errors.New(grpcWords.ReplaceAllString(st.Message(), ""))
 }
+
+// grpcWords is what gRPC puts before the words of an error that was wrapped.
+var grpcWords = regexp.MustCompile(`rpc error: code = \w+ desc = `)
 
 func newPsql() *cobra.Command {
 	return &cobra.Command{
@@ -226,19 +258,25 @@ func newStatus() *cobra.Command {
 	return cmd
 }
 
-func printJSON(w io.Writer, st *pb.ClusterStatusResponse) error {
-	data, err := protojson.MarshalOptions{EmitUnpopulated: true, UseProtoNames: true}.Marshal(st)
+func printJSON(w io.Writer, m proto.Message) error {
+	v, err := jsonOf(m)
 	if err != nil {
-		return err
-	}
-	// protojson varies its spaces on purpose; a stable output is kinder to scripts.
-	var v any
-	if err := json.Unmarshal(data, &v); err != nil {
 		return err
 	}
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
+}
+
+// jsonOf is a message as a value for package json: protojson varies its spaces on purpose, and a stable
+// output is kinder to scripts.
+func jsonOf(m proto.Message) (v any, err error) {
+	data, err := protojson.MarshalOptions{EmitUnpopulated: true, UseProtoNames: true}.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	err = json.Unmarshal(data, &v)
+	return v, err
 }
 
 func printStatus(w io.Writer, st *pb.ClusterStatusResponse) error {
