@@ -45,6 +45,9 @@ type agent struct {
 	// cause when the agent was only asked to end.
 	life context.Context
 	kill context.CancelCauseFunc
+	// dropped is what end has dropped, once shredded is closed.
+	dropped  []string
+	shredded chan struct{}
 
 	folder   *Folder
 	settings *boot.Settings
@@ -93,6 +96,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	a.aux.show = func(name string) ([]byte, error) { return a.fs.ReadFile(name) }
 	a.life, a.kill = context.WithCancelCause(context.Background())
+	a.shredded = make(chan struct{})
 	err := a.run(ctx)
 	return errors.Join(err, a.end())
 }
@@ -167,10 +171,8 @@ func (a *agent) lease(ctx context.Context) (err error) {
 	if a.keyConn, err = rpc.Dial(a.cfg.KeyManager); err != nil {
 		return err
 	}
-	a.ring = keyring.New(dekwire.Client(pb.NewKeyManagerClient(a.keyConn)), "compute/"+a.cfg.Name)
-	a.noShred = a.ring.OnShred(a.cfg.Project, func(reason error) {
-		a.kill(fmt.Errorf("the lease on the project's keys has ended: %w", reason))
-	})
+	a.ring = keyring.Open(keyring.Config{Client: dekwire.Client(pb.NewKeyManagerClient(a.keyConn)), Node: "compute/" + a.cfg.Name, Guard: a.guard()})
+	a.noShred = a.ring.OnShred(a.cfg.Project, a.cfg.Branch, a.shred)
 	key, _, err := a.ring.Generate(ctx, seal.Context{Purpose: seal.PurposeSecret, Project: a.cfg.Project, Branch: a.cfg.Branch, Object: "compute/" + a.cfg.Name})
 	if err != nil {
 		return fmt.Errorf("taking a lease on the project's keys: %w", err)
@@ -275,13 +277,13 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	if err := w.Write(plan.Begin, plan.WAL); err != nil {
 		return err
 	}
-	store, err := scratch.Open(a.folder.Scratch)
+	store, err := scratch.Open(a.folder.Scratch, a.ring.Term(a.cfg.Project, a.cfg.Branch))
 	if err != nil {
 		return err
 	}
 	remote := a.pages.At(a.epoch.End, a.epoch.Number)
 	cfg := pgfs.Config{Mountpoint: a.folder.Mount, Scratch: store, Remote: remote, WAL: w, Aux: a.aux.keep, Fail: a.storeFailed, StartLSN: a.epoch.End,
-		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Log: a.log}
+		UID: a.user.UID, GID: a.user.GID, CacheBytes: a.cfg.CacheBytes, Live: a.live, Log: a.log}
 	if a.history != nil {
 		cfg.History = a.history.Pages
 	}
@@ -343,7 +345,13 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 		return err
 	}
 	a.serving.Store(a.postgres)
+	if a.cfg.Guard != nil {
+		a.cfg.Guard.Also(a.postgres.PID())
+	}
 	context.AfterFunc(a.life, func() { // at once, whatever else is under way
+		if a.leaseEnded() {
+			a.postgres.goodbye(context.Cause(a.life))
+		}
 		a.fs.Discard()
 		a.postgres.Kill()
 		a.appender.Close() // a write of WAL that waits for room cannot be killed
@@ -446,42 +454,4 @@ func (a *agent) keepLog(ctx context.Context) {
 		case <-time.After(time.Second):
 		}
 	}
-}
-
-// end closes what start opened. Postgres first, and at once: whatever the reason, nothing
-// may run over a mount that goes away. Then the keys of all that is local are forgotten.
-func (a *agent) end() error {
-	a.kill(errStopped) // if nothing else did
-	a.tellVerified()
-	var errs []error
-	if a.postgres != nil && !a.postgres.kill() {
-		errs = append(errs, fmt.Errorf("the endpoint's Postgres (process %d) did not die within %v of SIGKILL", a.postgres.PID(), killWait))
-	}
-	if a.fs != nil {
-		errs = append(errs, a.fs.Wipe(), a.fs.Unmount())
-	}
-	if a.appender != nil {
-		a.appender.Close()
-	}
-	if a.wal != nil {
-		errs = append(errs, a.wal.Close())
-	}
-	if a.history != nil {
-		a.history.Wipe()
-	}
-	if a.noShred != nil {
-		a.noShred()
-	}
-	if a.ring != nil {
-		a.ring.Close()
-	}
-	for _, conn := range []*grpc.ClientConn{a.keyConn, a.pageConn} {
-		if conn != nil {
-			errs = append(errs, conn.Close())
-		}
-	}
-	if a.folder != nil {
-		errs = append(errs, a.folder.Remove())
-	}
-	return errors.Join(errs...)
 }

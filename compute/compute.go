@@ -28,6 +28,8 @@ import (
 	"net"
 	"path/filepath"
 	"time"
+
+	"github.com/holdfastdb/holdfast/internal/keyring"
 )
 
 // Config is what an endpoint needs.
@@ -54,7 +56,16 @@ type Config struct {
 	// VerifyPages has each page that Postgres wrote compared with the page server's before it
 	// leaves the local store, and all that is left at a stop in order. Slow, for tests.
 	VerifyPages bool
+	Guard       Guard        // nil: none
 	Logger      *slog.Logger // nil: slog.Default()
+}
+
+// Guard ends this process and Postgres if the process goes on past its lease's end: see
+// internal/leaseguard.
+type Guard interface {
+	keyring.Guard
+	// Also names a process that has to end with this one: Postgres.
+	Also(pid int)
 }
 
 // ErrFenced means that a newer compute has opened the branch: this one is to stay ended.

@@ -16,6 +16,7 @@ import (
 	"github.com/holdfastdb/holdfast/compute/pgfs"
 	"github.com/holdfastdb/holdfast/compute/pgproc"
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
 
@@ -108,7 +109,7 @@ func local(t *testing.T, extra map[string]string) (*postgres, *pgfs.FS) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := scratch.Open(folder.Scratch)
+	store, err := scratch.Open(folder.Scratch, seal.Endless())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -66,6 +66,10 @@ func startPostgres(mount string, user pgproc.User, settings *boot.Settings, log 
 	return &postgres{Process: p, log: out, settings: settings}, nil
 }
 
+// goodbye may tell clients why they are about to be cut off. It takes 300 ms at most: the lease has
+// ended (K2).
+func (p *postgres) goodbye(error) {}
+
 // ended describes Postgres's end.
 func (p *postgres) ended() error {
 	err := p.Err()

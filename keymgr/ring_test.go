@@ -59,7 +59,7 @@ func TestRingOverTheWire(t *testing.T) {
 		t.Fatal(err)
 	}
 	shredded := make(chan error, 1)
-	ring.OnShred("p1", func(err error) { shredded <- err })
+	ring.OnShred("p1", "b", func(err error) []string { shredded <- err; return nil })
 	if err := f.kms.Disable("dev"); err != nil {
 		t.Fatal(err)
 	}

@@ -146,6 +146,7 @@ func (b *branch) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
+		case <-b.srv.cfg.Ring.News(b.name.project, b.name.branch): // the key may be enabled again
 		}
 	}
 	b.set(nil, context.Canceled, true)

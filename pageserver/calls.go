@@ -88,10 +88,20 @@ func (s *Server) GetPages(ctx context.Context, r *pb.GetPagesRequest) (*pb.GetPa
 	} else {
 		resp.Pages, err = rd.slruPages(ctx, r.Slru, r.Block, r.Count)
 	}
-	if err != nil {
-		return nil, rd.b.status(err)
+	if err := rd.mayAnswer(err); err != nil {
+		clear(resp.Pages)
+		return nil, err
 	}
 	return resp, nil
+}
+
+// mayAnswer is asked right before what was read leaves, with the error of reading it: past the
+// lease's end there is no answer (K2), however long ago the pages were made.
+func (rd *reader) mayAnswer(err error) error {
+	if err == nil {
+		err = rd.b.srv.cfg.Ring.Live(rd.b.name.project, rd.b.name.branch)
+	}
+	return rd.b.status(err)
 }
 
 func (rd *reader) relPages(ctx context.Context, rel *pb.RelFork, block, count uint32) ([]byte, error) {
@@ -200,8 +210,8 @@ func (s *Server) ListSLRU(ctx context.Context, r *pb.ListSLRURequest) (*pb.ListS
 		return nil, err
 	}
 	pages, err := rd.slruList(ctx, r.Slru)
-	if err != nil {
-		return nil, rd.b.status(err)
+	if err := rd.mayAnswer(err); err != nil {
+		return nil, err
 	}
 	return &pb.ListSLRUResponse{Pages: pages, Lsn: uint64(rd.lsn)}, nil
 }
@@ -227,7 +237,10 @@ func (s *Server) ListRelations(ctx context.Context, r *pb.ListRelationsRequest) 
 		return nil
 	})
 	if err != nil {
-		return nil, rd.b.status(fmt.Errorf("listing database %d at %v: %w", r.Database, rd.lsn, err))
+		err = fmt.Errorf("listing database %d at %v: %w", r.Database, rd.lsn, err)
+	}
+	if err := rd.mayAnswer(err); err != nil {
+		return nil, err
 	}
 	return resp, nil
 }

@@ -30,8 +30,8 @@ func (s *Server) StartupState(ctx context.Context, r *pb.StartupStateRequest) (*
 		return nil, err
 	}
 	resp, err := rd.startup(ctx)
-	if err != nil {
-		return nil, rd.b.status(err)
+	if err := rd.mayAnswer(err); err != nil {
+		return nil, err
 	}
 	return resp, nil
 }

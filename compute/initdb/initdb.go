@@ -25,6 +25,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
 )
 
@@ -88,7 +89,7 @@ func mount(cfg compute.Config) (*mounted, error) {
 	if m.folder, err = compute.OpenFolder(cfg.Dir, user); err != nil {
 		return nil, err
 	}
-	store, err := scratch.Open(m.folder.Scratch)
+	store, err := scratch.Open(m.folder.Scratch, seal.Endless())
 	if err != nil {
 		return nil, err
 	}

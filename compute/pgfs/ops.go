@@ -1,6 +1,7 @@
 package pgfs
 
 import (
+	"fmt"
 	"syscall"
 	"time"
 
@@ -51,10 +52,25 @@ func (fs *FS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Re
 		return nil, fs.status(err)
 	}
 	n, err := fs.read(caller(cancel, &in.InHeader), f, buf, int64(in.Offset))
+	if err == nil {
+		err = fs.live()
+	}
 	if err != nil {
+		clear(buf) // the server uses it again
 		return nil, fs.status(err)
 	}
 	return fuse.ReadResultData(buf[:n]), fuse.OK
+}
+
+// live tells whether content may leave: past the end of the lease there is none (K2).
+func (fs *FS) live() error {
+	if fs.cfg.Live == nil {
+		return nil
+	}
+	if err := fs.cfg.Live(); err != nil {
+		return fmt.Errorf("%w: %w", errClosed, err)
+	}
+	return nil
 }
 
 // Write takes a write(2). When it returns, the bytes are ours, and WAL is on its way.

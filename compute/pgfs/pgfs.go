@@ -65,6 +65,9 @@ type Config struct {
 	// Past, if set, has each page that Postgres wrote and that is to leave compared with the
 	// page server's: see verify.go. It is the page server of Remote.
 	Past Past
+	// Live, if set, tells whether what is here may be shown still. It is asked right before each
+	// answer with a file's content.
+	Live func() error
 	// Log is where to say what goes wrong. Default slog.Default().
 	Log *slog.Logger
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
 const pgBin = "/usr/lib/postgresql/15/bin"
@@ -64,7 +65,7 @@ func openDir(t testing.TB) string {
 func newFS(t testing.TB, cfg Config) *FS {
 	t.Helper()
 	if cfg.Scratch == nil {
-		store, err := scratch.Open(t.TempDir())
+		store, err := scratch.Open(t.TempDir(), seal.Endless())
 		if err != nil {
 			t.Fatal(err)
 		}

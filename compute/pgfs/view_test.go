@@ -13,6 +13,7 @@ import (
 
 	"github.com/holdfastdb/holdfast/compute/scratch"
 	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
 // smallStore is a scratch store on a disk of its own.
@@ -24,7 +25,7 @@ func smallStore(t *testing.T, options string) *scratch.Store {
 		t.Skip(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
-	store, err := scratch.Open(dir)
+	store, err := scratch.Open(dir, seal.Endless())
 	if err != nil {
 		t.Fatal(err)
 	}

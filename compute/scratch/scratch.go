@@ -77,13 +77,14 @@ type extent struct {
 	punched bool
 }
 
-// Open makes an empty store in a directory, which must exist.
-func Open(dir string) (*Store, error) {
+// Open makes an empty store in a directory, which must exist. Its key is of use within a term:
+// past it nothing is read or written, even if nobody has wiped the store yet.
+func Open(dir string, term *seal.Term) (*Store, error) {
 	file, err := openUnlinked(dir)
 	if err != nil {
 		return nil, fmt.Errorf("making the local store in %s: %w", dir, err)
 	}
-	box, err := seal.NewBox()
+	box, err := seal.NewBox(term)
 	if err != nil {
 		file.Close()
 		return nil, fmt.Errorf("making the local store in %s: %w", dir, err)
@@ -271,7 +272,7 @@ func (s *Store) Read(slot Slot, p []byte) (int, error) {
 
 func (s *Store) ioError(doing string, slot Slot, err error) error {
 	switch {
-	case s.wiped.Load():
+	case s.wiped.Load(), errors.Is(err, seal.ErrWiped):
 		return ErrWiped
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("%s local slot %d: %w (%s): free some space there", doing, slot, ErrFull, s.dir)

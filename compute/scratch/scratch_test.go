@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
 func open(t testing.TB) *Store {
 	t.Helper()
-	s, err := Open(t.TempDir())
+	s, err := Open(t.TempDir(), seal.Endless())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,7 +265,7 @@ func TestFullDiskSaysSo(t *testing.T) {
 		t.Skipf("mounting a small tmpfs: %v", err)
 	}
 	defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
-	s, err := Open(dir)
+	s, err := Open(dir, seal.Endless())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@
 package boottime
 
 import (
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,4 +17,41 @@ func Now() time.Duration {
 		panic("reading CLOCK_BOOTTIME: " + err.Error()) // there since Linux 2.6.39
 	}
 	return time.Duration(ts.Nano())
+}
+
+// coarseFor is for how much running time one reading of the clock serves Coarse.
+const coarseFor = time.Millisecond
+
+// started has a monotonic clock, which stands still during suspension; reading it needs no system
+// call, which reading the clock that goes on does.
+var started = time.Now()
+
+// coarse is the newest reading of both clocks.
+var coarse struct{ running, boot atomic.Int64 }
+
+// Coarse is Now for who cannot pay a system call at each use. It is behind by at most what the
+// machine slept since a reading that is at most 1 ms of running time old. So who acts on it may do for
+// 1 ms, after the machine woke, what was allowed before it slept; as might who asked Now immediately
+// before the machine slept.
+func Coarse() time.Duration {
+	running := int64(time.Since(started))
+	// Invariant: boot belongs to this reading of running or to a later one.
+	last := coarse.running.Load()
+	if boot := coarse.boot.Load(); last != 0 && running-last < int64(coarseFor) {
+		return time.Duration(boot + max(running-last, 0))
+	}
+	now := Now()
+	raise(&coarse.boot, int64(now)) // first: see the invariant
+	raise(&coarse.running, running)
+	return now
+}
+
+// raise keeps the greater of two values.
+func raise(v *atomic.Int64, to int64) {
+	for {
+		have := v.Load()
+		if have >= to || v.CompareAndSwap(have, to) {
+			return
+		}
+	}
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
-// maxCached is how many opened keys a project keeps at hand.
+// maxCached is how many opened keys a lease keeps at hand.
 const maxCached = 4096
 
 // keySet is the keys of one lease. The newest that were opened are kept at hand; of all that
@@ -70,11 +70,14 @@ func (s *keySet) put(name string, k *seal.Key) {
 	}
 }
 
-func (s *keySet) wipe() {
+// wipe wipes all that are in use, and tells how many that were.
+func (s *keySet) wipe() (wiped int) {
 	for _, p := range s.out {
 		if k := p.Value(); k != nil {
 			k.Wipe()
+			wiped++
 		}
 	}
 	*s = *newKeySet()
+	return wiped
 }

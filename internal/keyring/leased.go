@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"sync"
@@ -23,17 +24,38 @@ const callTimeout = 20 * time.Second
 
 // ring is a Ring that leases from a key manager.
 type ring struct {
-	client pb.KeyManagerClient
-	node   string
-	ctx    context.Context // ends with Close
-	stop   context.CancelFunc
-	wg     sync.WaitGroup // renewals
+	client   pb.KeyManagerClient
+	cfg      Config
+	identity ed25519.PrivateKey // of this process: it signs its reports
+	ctx      context.Context    // ends with Close
+	stop     context.CancelFunc
+	wg       sync.WaitGroup  // renewals, and the watch
+	reports  sync.WaitGroup  // what is being shredded and reported
+	telling  context.Context // of reports: it ends a while after Close
+	silence  context.CancelFunc
+	watching sync.Once
 
-	mu struct {
+	publishing sync.Mutex // orders what the guard is told
+	scopes     sync.Map   // of *scope by scopeName; never removed
+	mu         struct {
 		sync.Mutex
-		closed   bool
-		projects map[string]*project
+		closed bool
 	}
+}
+
+// Config is what a ring is made of.
+type Config struct {
+	Client pb.KeyManagerClient
+	Node   string // names the node in the audit log and in receipts
+	Guard  Guard  // nil: none
+}
+
+// Guard ends the process if it goes on past a lease's end and has not shredded what was under it: a
+// process that is stopped, or hangs, cannot do that itself.
+type Guard interface {
+	// Publish tells the earliest end, on boottime's clock, of a lease of which not all is
+	// shredded; 0: there is none. It is called in order, and must not block.
+	Publish(earliest time.Duration)
 }
 
 // New makes the ring of a node, which leases from the key manager what it needs when it is first
@@ -43,23 +65,32 @@ type ring struct {
 // suspension (invariant K2). Denied renewals end it at once. Close does not call OnShred
 // functions.
 func New(client pb.KeyManagerClient, node string) Ring {
-	r := &ring{client: client, node: node}
+	return Open(Config{Client: client, Node: node})
+}
+
+// Open is New with all that may be said.
+func Open(cfg Config) Ring {
+	r := &ring{client: cfg.Client, cfg: cfg}
+	_, r.identity, _ = ed25519.GenerateKey(nil) // never fails: crypto/rand
 	r.ctx, r.stop = context.WithCancel(context.Background())
-	r.mu.projects = make(map[string]*project)
+	r.telling, r.silence = context.WithCancel(context.Background())
 	return r
 }
 
-func (r *ring) project(name string) (*project, error) {
+var errClosed = fmt.Errorf("the key ring is closed: %w", ErrUnreachable)
+
+func (r *ring) scope(project, branch string) (*scope, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.mu.closed {
-		return nil, fmt.Errorf("the key ring is closed: %w", ErrUnreachable)
+		return nil, errClosed
 	}
-	p := r.mu.projects[name]
-	if p == nil {
-		p = newProject(r, name)
-		r.mu.projects[name] = p
+	name := scopeName{project, branch}
+	if p, ok := r.scopes.Load(name); ok {
+		return p.(*scope), nil
 	}
+	p := newScope(r, name)
+	r.scopes.Store(name, p)
 	return p, nil
 }
 
@@ -68,7 +99,7 @@ func (r *ring) Generate(ctx context.Context, c seal.Context) (*seal.Key, []byte,
 	if err := c.Validate(); err != nil {
 		return nil, nil, err
 	}
-	p, err := r.project(c.Project)
+	p, err := r.scope(c.Project, c.Branch)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -87,7 +118,7 @@ func (r *ring) Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	p, err := r.project(c.Project)
+	p, err := r.scope(c.Project, c.Branch)
 	if err != nil {
 		return nil, err
 	}
@@ -105,25 +136,80 @@ func (r *ring) Open(ctx context.Context, c seal.Context, wrapped []byte) (*seal.
 }
 
 // OnShred implements Ring.
-func (r *ring) OnShred(project string, fn func(reason error)) (cancel func()) {
-	p, err := r.project(project)
+func (r *ring) OnShred(project, branch string, fn ShredFunc) (cancel func()) {
+	p, err := r.scope(project, branch)
 	if err != nil {
 		return func() {} // closed: there is no lease any more that could end
 	}
 	return p.onShred(fn)
 }
 
+// Live implements Ring.
+func (r *ring) Live(project, branch string) error {
+	p, ok := r.scopes.Load(scopeName{project, branch})
+	if !ok {
+		return fmt.Errorf("%w: no lease was taken out on %v", ErrUnreachable, scopeName{project, branch})
+	}
+	return p.(*scope).lives()
+}
+
+// Term implements Ring.
+func (r *ring) Term(project, branch string) *seal.Term {
+	if p, ok := r.scopes.Load(scopeName{project, branch}); ok {
+		return p.(*scope).term()
+	}
+	return seal.NewTerm(0)
+}
+
+// News implements Ring.
+func (r *ring) News(project, branch string) <-chan struct{} {
+	p, err := r.scope(project, branch)
+	if err != nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mu.news
+}
+
+func (r *ring) eachScope(fn func(*scope)) {
+	r.scopes.Range(func(_, p any) bool { fn(p.(*scope)); return true })
+}
+
+// closeWait bounds how long Close waits for what was shredded before it to be reported.
+const closeWait = 2 * time.Second
+
 // Close implements Ring.
 func (r *ring) Close() {
 	r.mu.Lock()
 	r.mu.closed = true
-	projects := r.mu.projects
 	r.mu.Unlock()
 	r.stop()
-	for _, p := range projects {
-		p.end(p.currentTerm(), nil)
+	r.eachScope(func(p *scope) { p.end(p.currentTerm(), nil) })
+	told := make(chan struct{})
+	go func() { r.reports.Wait(); close(told) }()
+	select {
+	case <-told:
+	case <-time.After(closeWait):
 	}
+	r.silence()
 	r.wg.Wait()
+}
+
+// publish tells the guard the earliest end of a lease that lives or of which something is left.
+func (r *ring) publish() {
+	if r.cfg.Guard == nil {
+		return
+	}
+	r.publishing.Lock()
+	defer r.publishing.Unlock()
+	var earliest time.Duration
+	r.eachScope(func(p *scope) {
+		if end := p.due(); end != 0 && (earliest == 0 || end < earliest) {
+			earliest = end
+		}
+	})
+	r.cfg.Guard.Publish(earliest)
 }
 
 // callContext bounds a call by the ring's life and a limit.
@@ -132,11 +218,13 @@ func (r *ring) callContext(limit time.Duration) (context.Context, context.Cancel
 }
 
 // askLease asks for a lease, or to renew the lease id.
-func (r *ring) askLease(project, id string, limit time.Duration) (*pb.LeaseResponse, time.Duration, error) {
+func (r *ring) askLease(name scopeName, id string, limit time.Duration) (*pb.LeaseResponse, time.Duration, error) {
 	ctx, cancel := r.callContext(limit)
 	defer cancel()
 	asked := boottime.Now()
-	resp, err := r.client.Lease(ctx, &pb.LeaseRequest{Project: project, Node: r.node, LeaseId: id}, grpc.WaitForReady(true))
+	req := &pb.LeaseRequest{Project: name.project, Branch: name.branch, Node: r.cfg.Node, LeaseId: id,
+		PublicKey: r.identity.Public().(ed25519.PublicKey)} // what Public of an Ed25519 key is
+	resp, err := r.client.Lease(ctx, req, grpc.WaitForReady(true))
 	if err != nil {
 		return nil, 0, callError(err)
 	}
@@ -150,8 +238,8 @@ func (r *ring) askLease(project, id string, limit time.Duration) (*pb.LeaseRespo
 // the request itself is for good; all else says nothing of the key, and may pass: a branch that
 // took it for damage would stop. A wrapped key that does not open is seal.ErrDamaged.
 func callError(err error) error {
-	if rpc.Reason(err) == pb.ErrorDetail_KEY_REVOKED {
-		return fmt.Errorf("%w: %s", ErrRevoked, message(err))
+	if d := rpc.Detail(err); d.GetReason() == pb.ErrorDetail_KEY_REVOKED {
+		return &RevokedError{ControlledBy: d.GetControlledBy(), Message: message(err)}
 	}
 	switch status.Code(err) {
 	case codes.DataLoss:

@@ -38,7 +38,7 @@ func (r *ring) Rewrap(ctx context.Context, list []Wrapped) (rewrapped [][]byte, 
 			return nil, 0, fmt.Errorf("re-wrapping the keys of %s and of %s at once", first, w.Context)
 		}
 	}
-	p, err := r.project(first.Project)
+	p, err := r.scope(first.Project, first.Branch)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -58,7 +58,7 @@ func (r *ring) Rewrap(ctx context.Context, list []Wrapped) (rewrapped [][]byte, 
 }
 
 // rewrap makes one call.
-func (p *project) rewrap(ctx context.Context, list []Wrapped) (resp *pb.RewrapDEKsResponse, err error) {
+func (p *scope) rewrap(ctx context.Context, list []Wrapped) (resp *pb.RewrapDEKsResponse, err error) {
 	req := &pb.UnwrapDEKsRequest{}
 	for _, w := range list {
 		req.Deks = append(req.Deks, &pb.WrappedDEK{Context: dekContext(w.Context), Wrapped: w.DEK})

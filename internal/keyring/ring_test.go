@@ -31,6 +31,12 @@ type fakeManager struct {
 	calls    int // GenerateDEKs and UnwrapDEKs calls
 	opened   int // keys in UnwrapDEKs
 	onUnwrap func()
+	key      string // that leases are said to be of; empty: none is said, as an old key manager does
+	requests []*pb.LeaseRequest
+	reports  []*pb.ShredReport // that came, whatever was answered
+	lose     int               // reports that are taken and answered with an error
+	streams  int               // Watch calls
+	notices  chan *pb.KeyNotice
 }
 
 func newFake(t *testing.T) *fakeManager {
@@ -39,7 +45,7 @@ func newFake(t *testing.T) *fakeManager {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &fakeManager{kek: kek, ttl: time.Hour, leases: make(map[string]bool)}
+	return &fakeManager{kek: kek, ttl: time.Hour, leases: make(map[string]bool), notices: make(chan *pb.KeyNotice)}
 }
 
 func (f *fakeManager) set(fn func(*fakeManager)) {
@@ -59,6 +65,7 @@ func (f *fakeManager) Lease(_ context.Context, req *pb.LeaseRequest, _ ...grpc.C
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked++
+	f.requests = append(f.requests, req)
 	if f.err != nil {
 		return nil, f.err
 	}
@@ -67,7 +74,42 @@ func (f *fakeManager) Lease(_ context.Context, req *pb.LeaseRequest, _ ...grpc.C
 		id = fmt.Sprint("lease", f.asked)
 		f.leases[id] = true
 	}
-	return &pb.LeaseResponse{LeaseId: id, TtlMs: f.ttl.Milliseconds()}, nil
+	return &pb.LeaseResponse{LeaseId: id, TtlMs: f.ttl.Milliseconds(), Key: f.key}, nil
+}
+
+// Watch gives a stream of f.notices; a nil one ends the stream with an error.
+func (f *fakeManager) Watch(ctx context.Context, _ *pb.WatchRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[pb.KeyNotice], error) {
+	f.set(func(f *fakeManager) { f.streams++ })
+	return &noticeStream{f: f, ctx: ctx}, nil
+}
+
+type noticeStream struct {
+	grpc.ClientStream
+	f   *fakeManager
+	ctx context.Context
+}
+
+func (s *noticeStream) Recv() (*pb.KeyNotice, error) {
+	select {
+	case n := <-s.f.notices:
+		if n == nil {
+			return nil, unreachable
+		}
+		return n, nil
+	case <-s.ctx.Done():
+		return nil, s.ctx.Err()
+	}
+}
+
+func (f *fakeManager) ReportShred(_ context.Context, r *pb.ShredReport, _ ...grpc.CallOption) (*pb.ReportShredResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reports = append(f.reports, r)
+	if f.lose > 0 {
+		f.lose--
+		return nil, unreachable
+	}
+	return &pb.ReportShredResponse{}, nil
 }
 
 func (f *fakeManager) use(id string) error {
@@ -185,8 +227,8 @@ func TestDenialWipesAndTells(t *testing.T) {
 	f.ttl = time.Second
 	r := newRing(t, f)
 	reasons := make(chan error, 10)
-	r.OnShred("p", func(err error) { reasons <- err })
-	cancel := r.OnShred("p", func(error) { t.Error("a cancelled function was called") })
+	r.OnShred("p", "b", func(err error) []string { reasons <- err; return nil })
+	cancel := r.OnShred("p", "b", func(error) []string { t.Error("a cancelled function was called"); return nil })
 	cancel()
 	k, wrapped := mustGenerate(t, r, 1)
 	opened, err := r.Open(t.Context(), object(1), wrapped)
@@ -222,7 +264,7 @@ func TestLeaseRunsOutWhenNobodyAnswers(t *testing.T) {
 	f.ttl = 500 * time.Millisecond
 	r := newRing(t, f)
 	reasons := make(chan error, 1)
-	r.OnShred("p", func(err error) { reasons <- err })
+	r.OnShred("p", "b", func(err error) []string { reasons <- err; return nil })
 	k, _ := mustGenerate(t, r, 1)
 	f.fail(unreachable)
 	if err := <-reasons; !errors.Is(err, ErrUnreachable) || errors.Is(err, ErrRevoked) {
@@ -241,7 +283,7 @@ func TestRenewalKeepsKeysAlive(t *testing.T) {
 	f := newFake(t)
 	f.ttl = 1500 * time.Millisecond
 	r := newRing(t, f)
-	r.OnShred("p", func(err error) { t.Errorf("shredded: %v", err) })
+	r.OnShred("p", "b", func(err error) []string { t.Errorf("shredded: %v", err); return nil })
 	k, _ := mustGenerate(t, r, 1)
 	for n := 0; n < 4; time.Sleep(time.Millisecond) {
 		f.set(func(f *fakeManager) { n = f.asked })
@@ -258,7 +300,7 @@ func TestRenewalKeepsKeysAlive(t *testing.T) {
 func TestRestartedKeyManagerCostsNoKeys(t *testing.T) {
 	f := newFake(t)
 	r := newRing(t, f)
-	r.OnShred("p", func(err error) { t.Errorf("shredded: %v", err) })
+	r.OnShred("p", "b", func(err error) []string { t.Errorf("shredded: %v", err); return nil })
 	k, wrapped := mustGenerate(t, r, 1)
 	f.set(func(f *fakeManager) { clear(f.leases) })
 	if _, err := r.Open(t.Context(), object(1), wrapped); err != nil {
@@ -335,7 +377,7 @@ func TestConcurrentRequestsShareCalls(t *testing.T) {
 	for i := 1; i < n; i++ {
 		open(i)
 	}
-	p, err := r.(*ring).project("p")
+	p, err := r.(*ring).scope("p", "b")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,9 +415,10 @@ func TestCallerWhoGoesAwayLeavesNoKey(t *testing.T) {
 		t.Errorf("Open = %v", err)
 	}
 	// The lease ends while the call is under way: its key is not let in.
-	r.(*ring).mu.Lock()
-	p := r.(*ring).mu.projects["p"]
-	r.(*ring).mu.Unlock()
+	p, err := r.(*ring).scope("p", "b")
+	if err != nil {
+		t.Fatal(err)
+	}
 	p.end(p.currentTerm(), ErrRevoked)
 	close(gate)
 	for running := true; running; time.Sleep(time.Millisecond) {
@@ -420,7 +463,7 @@ func TestShreddedNodeMayCloseItsRing(t *testing.T) {
 	f.ttl = 500 * time.Millisecond
 	r := New(f, "node")
 	closed := make(chan struct{})
-	r.OnShred("p", func(error) { r.Close(); close(closed) })
+	r.OnShred("p", "b", func(error) []string { r.Close(); close(closed); return nil })
 	mustGenerate(t, r, 1)
 	f.fail(revoked)
 	<-closed
@@ -433,7 +476,7 @@ func TestClosedRing(t *testing.T) {
 	if _, _, err := r.Generate(t.Context(), object(1)); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("Generate: %v", err)
 	}
-	r.OnShred("p", nil)()
+	r.OnShred("p", "b", nil)()
 	if _, err := r.Open(t.Context(), seal.Context{}, nil); err == nil {
 		t.Error("an empty context was taken")
 	}

@@ -7,7 +7,7 @@ package seal
 import "testing"
 
 func TestSteadyStateAllocatesNothing(t *testing.T) {
-	b, err := NewBox()
+	b, err := NewBox(Endless())
 	if err != nil {
 		t.Fatal(err)
 	}

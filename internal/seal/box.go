@@ -28,8 +28,8 @@ type Tag struct {
 // IsZero tells whether t is the tag of nothing.
 func (t Tag) IsZero() bool { return t.counter == 0 }
 
-// NewBox makes a Box under a fresh random key.
-func NewBox() (*Box, error) {
+// NewBox makes a Box under a fresh random key, which is of use within a term.
+func NewBox(term *Term) (*Box, error) {
 	raw := make([]byte, KeySize)
 	if _, err := rand.Read(raw); err != nil {
 		return nil, fmt.Errorf("making a per-boot key: %w", err)
@@ -38,10 +38,12 @@ func NewBox() (*Box, error) {
 	if err != nil {
 		return nil, err
 	}
+	k.Bind(term)
 	return &Box{k: k}, nil
 }
 
-// Wipe forgets the key: Seal then returns nil and the zero Tag, Open gives ErrWiped.
+// Wipe forgets the key: Seal then returns nil and the zero Tag, Open gives ErrWiped. So it is past
+// the term's end.
 func (b *Box) Wipe() { b.k.Wipe() }
 
 func (s *scratch) setSlot(slot, counter uint64) {
@@ -51,7 +53,7 @@ func (s *scratch) setSlot(slot, counter uint64) {
 }
 
 // Seal appends plain, sealed for a slot, to dst. It writes nothing beyond that. It returns
-// nil, and the zero Tag, only after Wipe.
+// nil, and the zero Tag, only after Wipe or past the term's end.
 //
 // The nonce is {3, 0, 0, 0} and the counter of Seal calls (8 bytes, big-endian), from 1 on; the
 // AAD is "holdfast slot v1\n" and the slot's number (8 bytes, little-endian).
@@ -62,7 +64,7 @@ func (b *Box) Seal(dst []byte, slot uint64, plain []byte) ([]byte, Tag) {
 	s.setSlot(slot, tag.counter)
 	s.buf = slices.Grow(s.buf[:0], len(plain)+TagSize)
 	sealed, err := b.k.seal(s.buf, s, plain)
-	if err != nil { // wiped
+	if err != nil { // wiped, or past its term
 		return nil, Tag{}
 	}
 	copy(tag.tag[:], sealed[len(plain):])

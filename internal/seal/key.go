@@ -47,6 +47,7 @@ type OpenFunc func(ctx context.Context, c Context, wrapped []byte) (*Key, error)
 // files by internal/hardening. A Key is safe for concurrent use.
 type Key struct {
 	openOnly bool
+	term     *Term // set before anybody uses the key
 
 	mu struct {
 		sync.RWMutex
@@ -81,7 +82,7 @@ func newKey(raw []byte, openOnly bool) (*Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("setting up AES-GCM: %w", err)
 	}
-	k := &Key{openOnly: openOnly}
+	k := &Key{openOnly: openOnly, term: endless}
 	k.mu.aead = aead
 	// A key that is dropped without Wipe leaves no schedule in freed memory.
 	runtime.AddCleanup(k, func(aead cipher.AEAD) { zero(aead) }, aead)
@@ -149,12 +150,23 @@ func (s *scratch) setNonce(d domain, counter uint64) {
 	binary.BigEndian.PutUint64(s.nonce[4:], counter)
 }
 
+// usableLocked tells why the key is not to be used.
+func (k *Key) usableLocked() error {
+	switch {
+	case k.mu.aead == nil:
+		return ErrWiped
+	case k.term.expired():
+		return errExpired
+	}
+	return nil
+}
+
 // seal appends ciphertext and tag under s's nonce and AAD.
 func (k *Key) seal(dst []byte, s *scratch, plain []byte) ([]byte, error) {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
-	if k.mu.aead == nil {
-		return nil, ErrWiped
+	if err := k.usableLocked(); err != nil {
+		return nil, err
 	}
 	return k.mu.aead.Seal(dst, s.nonce[:], plain, s.aad), nil
 }
@@ -163,8 +175,8 @@ func (k *Key) seal(dst []byte, s *scratch, plain []byte) ([]byte, error) {
 func (k *Key) open(dst []byte, s *scratch, sealed []byte) ([]byte, error) {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
-	if k.mu.aead == nil {
-		return nil, ErrWiped
+	if err := k.usableLocked(); err != nil {
+		return nil, err
 	}
 	plain, err := k.mu.aead.Open(dst, s.nonce[:], sealed, s.aad)
 	if err != nil {

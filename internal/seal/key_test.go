@@ -204,7 +204,7 @@ func TestWipeDuringUse(t *testing.T) {
 }
 
 func TestBox(t *testing.T) {
-	b, err := NewBox()
+	b, err := NewBox(Endless())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func TestBox(t *testing.T) {
 	if bytes.Equal(newer, sealed) {
 		t.Error("the same content sealed twice looks the same")
 	}
-	other, err := NewBox()
+	other, err := NewBox(Endless())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func FuzzOpenWAL(f *testing.F) {
 }
 
 func BenchmarkBoxSeal8KiB(b *testing.B) {
-	box, err := NewBox()
+	box, err := NewBox(Endless())
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -283,7 +283,7 @@ func BenchmarkBoxSeal8KiB(b *testing.B) {
 }
 
 func BenchmarkBoxOpen8KiB(b *testing.B) {
-	box, err := NewBox()
+	box, err := NewBox(Endless())
 	if err != nil {
 		b.Fatal(err)
 	}

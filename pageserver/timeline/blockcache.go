@@ -130,12 +130,14 @@ func (c *blockCache) evictLocked(e *list.Element) {
 	b.release()
 }
 
-// drop empties the cache for good.
-func (c *blockCache) drop() {
+// drop empties the cache for good, and tells how much that was.
+func (c *blockCache) drop() (dropped int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.dropped = true
+	dropped = c.mu.lru.Len()
 	for e := c.mu.lru.Back(); e != nil; e = c.mu.lru.Back() {
 		c.evictLocked(e)
 	}
+	return dropped
 }

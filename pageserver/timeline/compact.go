@@ -71,7 +71,7 @@ func (t *Timeline) compact() error {
 	}
 	defer c.close()
 	if err = c.run(); errors.Is(err, keyring.ErrRevoked) {
-		t.shred(err)
+		t.revoked(err)
 	}
 	if failed := t.Err(); failed != nil {
 		return failed

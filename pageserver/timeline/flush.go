@@ -64,7 +64,7 @@ func (t *Timeline) flush(m *memtable) bool {
 			return true
 		}
 		if errors.Is(err, keyring.ErrRevoked) {
-			t.shred(err)
+			t.revoked(err)
 		}
 		if !wait.sleep(t.ctx, err) {
 			return false

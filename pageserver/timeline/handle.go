@@ -101,7 +101,7 @@ func (t *Timeline) openFile(ctx context.Context, h *handle) (*openFile, error) {
 func (t *Timeline) finishOpening(h *handle, o *opening) {
 	f, err := t.openLocalOrBucket(h)
 	if errors.Is(err, keyring.ErrRevoked) {
-		t.shred(err)
+		t.revoked(err)
 	}
 	h.mu.Lock()
 	h.mu.opening = nil

@@ -72,12 +72,14 @@ func (c *hotCache) evictLocked(e *list.Element) {
 	clear(image.data)
 }
 
-// drop empties the cache for good.
-func (c *hotCache) drop() {
+// drop empties the cache for good, and tells how much that was.
+func (c *hotCache) drop() (dropped int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.dropped = true
+	dropped = c.mu.lru.Len()
 	for e := c.mu.lru.Back(); e != nil; e = c.mu.lru.Back() {
 		c.evictLocked(e)
 	}
+	return dropped
 }

@@ -64,16 +64,19 @@ func (m *memtable) release() {
 	}
 }
 
-// wipe clears the data: nothing that was in the table stays in memory (K2).
-func (m *memtable) wipe() {
+// wipe clears the data: nothing that was in the table stays in memory (K2). It tells how many
+// versions that were.
+func (m *memtable) wipe() (versions int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, c := range m.mu.arena {
 		clear(c[:cap(c)])
 	}
+	versions = int(m.mu.count)
 	m.mu.arena, m.mu.nodes, m.mu.count = nil, nil, 0
 	m.mu.slots, m.mu.heads = [256]map[keyspace.Key]uint32{}, nil
 	m.mu.wiped = true
+	return versions
 }
 
 // insertBatch is how many entries are inserted under one lock, so that readers wait shortly.

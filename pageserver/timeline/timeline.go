@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/blob"
-	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -112,7 +111,7 @@ func Open(ctx context.Context, cfg Config) (*Timeline, error) {
 	t.mu.Unlock()
 	t.disk.adopt(m)
 
-	t.cancelRing = cfg.Ring.OnShred(cfg.Project, t.shred)
+	t.cancelRing = cfg.Ring.OnShred(cfg.Project, cfg.Branch, t.shred)
 	if err := t.checkKey(ctx, m); err != nil {
 		t.Close()
 		return nil, fmt.Errorf("opening branch %s: %w", cfg.Branch, err)
@@ -205,22 +204,13 @@ func (t *Timeline) Close() error {
 	return nil
 }
 
-// shred is what the ring calls when the lease is over. It drops all plaintext (K2).
-func (t *Timeline) shred(reason error) {
-	if errors.Is(reason, keyring.ErrRevoked) {
-		t.fail(fmt.Errorf("branch %s: %w", t.cfg.Branch, reason))
-		return
-	}
-	t.fail(fmt.Errorf("branch %s: %w: %w", t.cfg.Branch, keyring.ErrRevoked, reason))
-}
-
 // fail ends the timeline: the first err is the answer of every later call, and what is
 // in memory is wiped. Calls that are under way see the error before they give a result.
-func (t *Timeline) fail(err error) {
+func (t *Timeline) fail(err error) (wiped remains) {
 	t.mu.Lock()
 	if t.mu.err != nil {
 		t.mu.Unlock()
-		return
+		return remains{}
 	}
 	t.mu.err = err
 	v := t.mu.view
@@ -234,12 +224,11 @@ func (t *Timeline) fail(err error) {
 		t.cfg.Log.Error("the timeline stopped", "error", err)
 	}
 	t.stop()
-	v.open.wipe()
-	for _, m := range v.frozen {
-		m.wipe()
+	for _, m := range append([]*memtable{v.open}, v.frozen...) {
+		wiped.versions += m.wipe()
 	}
-	t.blocks.drop()
-	t.hot.drop()
+	wiped.blocks, wiped.images = t.blocks.drop(), t.hot.drop()
+	return wiped
 }
 
 func (t *Timeline) broadcastLocked() {

@@ -104,6 +104,7 @@ type ErrorDetail struct {
 	Leader        string                 `protobuf:"bytes,2,opt,name=leader,proto3" json:"leader,omitempty"`
 	BeginLsn      uint64                 `protobuf:"fixed64,3,opt,name=begin_lsn,json=beginLsn,proto3" json:"begin_lsn,omitempty"`
 	EndLsn        uint64                 `protobuf:"fixed64,4,opt,name=end_lsn,json=endLsn,proto3" json:"end_lsn,omitempty"`
+	ControlledBy  string                 `protobuf:"bytes,5,opt,name=controlled_by,json=controlledBy,proto3" json:"controlled_by,omitempty"` // with KEY_REVOKED: who can end it, as in KeyStatusResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -164,6 +165,13 @@ func (x *ErrorDetail) GetEndLsn() uint64 {
 		return x.EndLsn
 	}
 	return 0
+}
+
+func (x *ErrorDetail) GetControlledBy() string {
+	if x != nil {
+		return x.ControlledBy
+	}
+	return ""
 }
 
 type DestroyBranchKeyResponse struct {
@@ -6069,12 +6077,13 @@ var File_holdfast_proto protoreflect.FileDescriptor
 
 const file_holdfast_proto_rawDesc = "" +
 	"\n" +
-	"\x0eholdfast.proto\x12\vholdfast.v1\"\xaf\x02\n" +
+	"\x0eholdfast.proto\x12\vholdfast.v1\"\xd4\x02\n" +
 	"\vErrorDetail\x127\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x1f.holdfast.v1.ErrorDetail.ReasonR\x06reason\x12\x16\n" +
 	"\x06leader\x18\x02 \x01(\tR\x06leader\x12\x1b\n" +
 	"\tbegin_lsn\x18\x03 \x01(\x06R\bbeginLsn\x12\x17\n" +
-	"\aend_lsn\x18\x04 \x01(\x06R\x06endLsn\"\x98\x01\n" +
+	"\aend_lsn\x18\x04 \x01(\x06R\x06endLsn\x12#\n" +
+	"\rcontrolled_by\x18\x05 \x01(\tR\fcontrolledBy\"\x98\x01\n" +
 	"\x06Reason\x12\x0f\n" +
 	"\vUNSPECIFIED\x10\x00\x12\n" +
 	"\n" +

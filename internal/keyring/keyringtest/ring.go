@@ -22,8 +22,10 @@ type Ring struct {
 		err      error // what Generate and Open answer now; nil: they work
 		closed   bool
 		keys     map[string][]*seal.Key // given out, by project
-		shred    map[string]map[int]func(error)
+		shred    map[string]map[int]keyring.ShredFunc
 		nextID   int
+		term     *seal.Term // of the keys given out since the last Restore
+		news     chan struct{}
 		opened   int
 		generate int
 	}
@@ -37,7 +39,8 @@ func New() *Ring {
 	r.mu.keks = make(map[uint32]*seal.KEK)
 	r.RotateKEK()
 	r.mu.keys = make(map[string][]*seal.Key)
-	r.mu.shred = make(map[string]map[int]func(error))
+	r.mu.term, r.mu.news = seal.Endless(), make(chan struct{})
+	r.mu.shred = make(map[string]map[int]keyring.ShredFunc)
 	return r
 }
 
@@ -52,7 +55,46 @@ func (r *Ring) Cut() { r.end(fmt.Errorf("test: %w", keyring.ErrUnreachable)) }
 func (r *Ring) Restore() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.mu.err = nil
+	r.mu.err, r.mu.term = nil, seal.Endless()
+	close(r.mu.news)
+	r.mu.news = make(chan struct{})
+}
+
+// Expire does what the end of a lease does that nobody has noticed yet, as on a machine that slept: keys
+// refuse and Live says no, but no OnShred function runs; until Restore.
+func (r *Ring) Expire() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.term.End()
+}
+
+// Live implements keyring.Ring.
+func (r *Ring) Live(string, string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.mu.closed:
+		return fmt.Errorf("test: the ring was closed: %w", keyring.ErrUnreachable)
+	case r.mu.err != nil:
+		return r.mu.err
+	case !r.mu.term.Live():
+		return fmt.Errorf("test: the lease ran out: %w", keyring.ErrUnreachable)
+	}
+	return nil
+}
+
+// Term implements keyring.Ring.
+func (r *Ring) Term(string, string) *seal.Term {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.term
+}
+
+// News implements keyring.Ring: Restore is news.
+func (r *Ring) News(string, string) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.news
 }
 
 // Calls is how many keys were made and opened.
@@ -65,12 +107,13 @@ func (r *Ring) Calls() (generated, opened int) {
 func (r *Ring) end(reason error) {
 	r.mu.Lock()
 	r.mu.err = reason
+	r.mu.term.End()
 	for _, keys := range r.mu.keys {
 		for _, k := range keys {
 			k.Wipe()
 		}
 	}
-	var fns []func(error)
+	var fns []keyring.ShredFunc
 	for _, byID := range r.mu.shred {
 		for _, fn := range byID {
 			fns = append(fns, fn)
@@ -141,6 +184,7 @@ func (r *Ring) track(c seal.Context, k *seal.Key, generated bool) error {
 		k.Wipe()
 		return r.mu.err
 	}
+	k.Bind(r.mu.term)
 	if generated {
 		r.mu.generate++
 	} else {
@@ -151,13 +195,14 @@ func (r *Ring) track(c seal.Context, k *seal.Key, generated bool) error {
 }
 
 // OnShred implements keyring.Ring.
-func (r *Ring) OnShred(project string, fn func(reason error)) (cancel func()) {
+// It takes all branches of a project for one.
+func (r *Ring) OnShred(project, _ string, fn keyring.ShredFunc) (cancel func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	id := r.mu.nextID
 	r.mu.nextID++
 	if r.mu.shred[project] == nil {
-		r.mu.shred[project] = make(map[int]func(error))
+		r.mu.shred[project] = make(map[int]keyring.ShredFunc)
 	}
 	r.mu.shred[project][id] = fn
 	return func() {

@@ -13,8 +13,8 @@ func TestRevokeAndRestore(t *testing.T) {
 	r := New()
 	c := seal.Context{Purpose: seal.PurposeLayer, Project: "p", Branch: "b", Object: "o"}
 	var reasons []error
-	r.OnShred("p", func(err error) { reasons = append(reasons, err) })
-	r.OnShred("p", func(error) { t.Error("a cancelled function was called") })()
+	r.OnShred("p", "b", func(err error) []string { reasons = append(reasons, err); return nil })
+	r.OnShred("p", "b", func(error) []string { t.Error("a cancelled function was called"); return nil })()
 	k, wrapped, err := r.Generate(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

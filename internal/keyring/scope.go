@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,10 +15,11 @@ import (
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
-// project is a ring's part for one project: at most one lease, and the keys under it.
-type project struct {
+// scope is a ring's part for one branch, or for what of a project is no branch's: at most one
+// lease, and the keys under it.
+type scope struct {
 	ring     *ring
-	name     string
+	name     scopeName
 	generate batcher[seal.Context, madeKey]
 	open     batcher[wrappedKey, *seal.Key]
 
@@ -28,14 +30,28 @@ type project struct {
 		term      uint64
 		live      bool
 		leaseID   string
+		key       string        // of which the lease is, as the key manager said: PROJECT or PROJECT/BRANCH
 		end       time.Duration // on boottime's clock
 		ttl       time.Duration
+		bound     *seal.Term    // that of the keys; it ends when the lease does
+		why       error         // why there is no lease: of the last one's end, or of the last refusal
 		renewNow  chan struct{} // of the term's keeper
 		acquiring *acquisition
 		keys      *keySet
-		shred     map[uint64]func(error)
+		shred     map[uint64]ShredFunc
 		nextShred uint64
+		shredding map[uint64]time.Duration // ends of leases, by term, of which not all is shredded yet
+		news      chan struct{}            // closed, and replaced, when something may have changed; see News
 	}
+}
+
+type scopeName struct{ project, branch string }
+
+func (n scopeName) String() string {
+	if n.branch == "" {
+		return "project " + n.project
+	}
+	return "project " + n.project + ", branch " + n.branch
 }
 
 // acquisition is a call for a first lease, which several may wait for.
@@ -54,26 +70,28 @@ type wrappedKey struct {
 	wrapped []byte
 }
 
-func newProject(r *ring, name string) *project {
-	p := &project{ring: r, name: name}
+func newScope(r *ring, name scopeName) *scope {
+	p := &scope{ring: r, name: name}
 	p.generate.call, p.generate.drop = p.callGenerate, func(m madeKey) { m.key.Wipe() }
 	p.open.call, p.open.drop = p.callOpen, func(*seal.Key) {} // it stays in the ring for the next
 	p.mu.keys = newKeySet()
-	p.mu.shred = make(map[uint64]func(error))
+	p.mu.shred = make(map[uint64]ShredFunc)
+	p.mu.shredding = make(map[uint64]time.Duration)
+	p.mu.news = make(chan struct{})
 	return p
 }
 
-func (p *project) currentTerm() uint64 {
+func (p *scope) currentTerm() uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.mu.term
 }
 
 // liveLocked also notices a lease that ran out while the machine slept.
-func (p *project) liveLocked() bool { return p.mu.live && boottime.Now() < p.mu.end }
+func (p *scope) liveLocked() bool { return p.mu.live && boottime.Now() < p.mu.end }
 
 // cached gives a key at hand, if the lease lives.
-func (p *project) cached(name string) *seal.Key {
+func (p *scope) cached(name string) *seal.Key {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.liveLocked() {
@@ -82,7 +100,7 @@ func (p *project) cached(name string) *seal.Key {
 	return p.mu.keys.get(name)
 }
 
-func (p *project) onShred(fn func(error)) (cancel func()) {
+func (p *scope) onShred(fn ShredFunc) (cancel func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	id := p.mu.nextShred
@@ -96,7 +114,7 @@ func (p *project) onShred(fn func(error)) (cancel func()) {
 }
 
 // ensureLease takes out a lease if there is none.
-func (p *project) ensureLease(ctx context.Context) error {
+func (p *scope) ensureLease(ctx context.Context) error {
 	p.mu.Lock()
 	if p.liveLocked() {
 		p.mu.Unlock()
@@ -110,6 +128,7 @@ func (p *project) ensureLease(ctx context.Context) error {
 		go func() {
 			p.end(stale, ErrUnreachable) // a lease that slept past its end, if any
 			a.err = p.acquire()
+			p.ring.publish()
 			p.mu.Lock()
 			p.mu.acquiring = nil
 			p.mu.Unlock()
@@ -125,12 +144,16 @@ func (p *project) ensureLease(ctx context.Context) error {
 	}
 }
 
-func (p *project) acquire() error {
+func (p *scope) acquire() error {
 	resp, end, err := p.ring.askLease(p.name, "", callTimeout)
 	if err != nil {
+		p.mu.Lock()
+		p.mu.why = err
+		p.mu.Unlock()
 		return err
 	}
 	r := p.ring
+	r.startWatch()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.mu.closed {
@@ -140,14 +163,17 @@ func (p *project) acquire() error {
 	defer p.mu.Unlock()
 	p.mu.term++
 	p.mu.live, p.mu.renewNow = true, make(chan struct{}, 1)
+	p.mu.bound = seal.NewTerm(end)
 	p.extendLocked(resp, end)
+	p.newsLocked()
 	r.wg.Add(1)
 	go p.keep(p.mu.term, p.mu.renewNow)
 	return nil
 }
 
-func (p *project) extendLocked(resp *pb.LeaseResponse, end time.Duration) {
-	p.mu.leaseID, p.mu.end = resp.LeaseId, end
+func (p *scope) extendLocked(resp *pb.LeaseResponse, end time.Duration) {
+	p.mu.leaseID, p.mu.end, p.mu.key = resp.LeaseId, end, cmp.Or(resp.Key, p.name.project) // an older key manager names none
+	p.mu.bound.Extend(end)
 	p.mu.ttl = time.Duration(resp.TtlMs) * time.Millisecond
 }
 
@@ -160,10 +186,11 @@ type renewal struct {
 
 // keeper renews one term's lease.
 type keeper struct {
-	p       *project
+	p       *scope
 	term    uint64
 	renewAt time.Duration
 	asking  bool
+	again   bool // it was told to renew while it was asking: the answer may be older than the news
 	answers chan renewal
 	cause   error // why the lease is not renewed, if it is not
 }
@@ -174,7 +201,7 @@ const lookEvery = time.Second
 
 // keep renews a term's lease at about a third of its time, and ends the term when the lease
 // is denied or runs out, also while an answer is waited for.
-func (p *project) keep(term uint64, renewNow <-chan struct{}) {
+func (p *scope) keep(term uint64, renewNow <-chan struct{}) {
 	defer p.ring.wg.Done()
 	k := &keeper{p: p, term: term, answers: make(chan renewal, 1), cause: ErrUnreachable}
 	p.mu.Lock()
@@ -191,7 +218,7 @@ func (p *project) keep(term uint64, renewNow <-chan struct{}) {
 			timer.Stop()
 			return // Close ends the term
 		case <-renewNow:
-			k.renewAt = boottime.Now()
+			k.renewAt, k.again = boottime.Now(), k.asking
 		case r := <-k.answers:
 			k.answered(r)
 		case <-timer.C:
@@ -208,7 +235,7 @@ func (k *keeper) step() (wait time.Duration, alive bool) {
 	p.mu.Unlock()
 	now := boottime.Now()
 	if live && now >= end {
-		p.end(k.term, fmt.Errorf("the lease on project %s ran out: %w", p.name, k.cause))
+		p.end(k.term, fmt.Errorf("the lease on %s ran out: %w", p.name, k.cause))
 		live = false
 	}
 	if !live {
@@ -232,7 +259,7 @@ func (k *keeper) answered(r renewal) {
 	k.asking = false
 	switch {
 	case errors.Is(r.err, ErrRevoked):
-		k.p.end(k.term, fmt.Errorf("the lease on project %s was not renewed: %w", k.p.name, r.err))
+		k.p.end(k.term, fmt.Errorf("the lease on %s was not renewed: %w", k.p.name, r.err))
 	case r.err != nil:
 		k.cause = errors.Join(ErrUnreachable, r.err)
 		k.p.mu.Lock()
@@ -242,10 +269,14 @@ func (k *keeper) answered(r renewal) {
 		k.cause = ErrUnreachable
 		k.renewAt = k.p.renewed(k.term, r.resp, r.end)
 	}
+	if k.again {
+		k.renewAt, k.again = boottime.Now(), false
+	}
 }
 
 // renewed extends the term unless it ended meanwhile, and gives when to renew again.
-func (p *project) renewed(term uint64, resp *pb.LeaseResponse, end time.Duration) time.Duration {
+func (p *scope) renewed(term uint64, resp *pb.LeaseResponse, end time.Duration) time.Duration {
+	defer p.ring.publish()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.mu.live && p.mu.term == term && boottime.Now() < p.mu.end {
@@ -254,32 +285,14 @@ func (p *project) renewed(term uint64, resp *pb.LeaseResponse, end time.Duration
 	return p.mu.end - p.mu.ttl*2/3
 }
 
-// end wipes a term's keys and then, unless the ring is closed (reason nil), tells those who hold
-// plaintext. It does nothing for a term that has ended.
-func (p *project) end(term uint64, reason error) {
-	p.mu.Lock()
-	if !p.mu.live || p.mu.term != term {
-		p.mu.Unlock()
-		return
-	}
-	p.mu.live, p.mu.leaseID = false, ""
-	p.mu.keys.wipe()
-	fns := p.mu.shred
-	p.mu.shred = make(map[uint64]func(error))
-	p.mu.Unlock()
-	if reason == nil {
-		return
-	}
-	// Each by itself: none waits for a slow one, and one may close the ring.
-	for _, fn := range fns {
-		go fn(reason)
-	}
-}
-
 // renewSoon has the keeper renew at once: a call's error said something about the lease.
-func (p *project) renewSoon() {
+func (p *scope) renewSoon() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.renewSoonLocked()
+}
+
+func (p *scope) renewSoonLocked() {
 	if p.mu.live {
 		select {
 		case p.mu.renewNow <- struct{}{}:
@@ -290,7 +303,7 @@ func (p *project) renewSoon() {
 
 // withLease makes a call under the lease. If the key manager does not know the lease, it asks
 // for another, under which the term goes on, and calls once more.
-func (p *project) withLease(call func(ctx context.Context, leaseID string) error) (term uint64, err error) {
+func (p *scope) withLease(call func(ctx context.Context, leaseID string) error) (term uint64, err error) {
 	for attempt := 0; ; attempt++ {
 		p.mu.Lock()
 		id, live := p.mu.leaseID, p.liveLocked()
@@ -314,7 +327,7 @@ func (p *project) withLease(call func(ctx context.Context, leaseID string) error
 		}
 		resp, end, err := p.ring.askLease(p.name, id, callTimeout)
 		if errors.Is(err, ErrRevoked) {
-			p.end(term, fmt.Errorf("the lease on project %s was not renewed: %w", p.name, err))
+			p.end(term, fmt.Errorf("the lease on %s was not renewed: %w", p.name, err))
 		}
 		if err != nil {
 			return term, err
@@ -327,7 +340,7 @@ func dekContext(c seal.Context) *pb.DEKContext {
 	return &pb.DEKContext{Purpose: string(c.Purpose), Project: c.Project, Branch: c.Branch, Object: c.Object}
 }
 
-func (p *project) callGenerate(contexts []seal.Context) ([]madeKey, error) {
+func (p *scope) callGenerate(contexts []seal.Context) ([]madeKey, error) {
 	req := &pb.GenerateDEKsRequest{}
 	for _, c := range contexts {
 		req.Contexts = append(req.Contexts, dekContext(c))
@@ -354,6 +367,7 @@ func (p *project) callGenerate(contexts []seal.Context) ([]madeKey, error) {
 	}
 	return made, p.admit(term, func() {
 		for _, m := range made {
+			m.key.Bind(p.mu.bound)
 			p.mu.keys.track(m.key)
 		}
 	}, func() {
@@ -363,7 +377,7 @@ func (p *project) callGenerate(contexts []seal.Context) ([]madeKey, error) {
 	})
 }
 
-func (p *project) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
+func (p *scope) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
 	req := &pb.UnwrapDEKsRequest{}
 	for _, w := range wrapped {
 		req.Deks = append(req.Deks, &pb.WrappedDEK{Context: dekContext(w.context), Wrapped: w.wrapped})
@@ -394,6 +408,7 @@ func (p *project) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
 				keys[i] = have
 				continue
 			}
+			keys[i].Bind(p.mu.bound)
 			p.mu.keys.put(name, keys[i])
 		}
 	}, func() {
@@ -405,7 +420,7 @@ func (p *project) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
 
 // admit takes keys into the ring, or wipes them if the term in which they were asked for
 // has ended.
-func (p *project) admit(term uint64, take, wipe func()) error {
+func (p *scope) admit(term uint64, take, wipe func()) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.mu.term != term || !p.liveLocked() {
