@@ -59,7 +59,7 @@ func (s *shredding) run() {
 	defer s.p.ring.reports.Done()
 	s.drop()
 	scrub.Free()
-	s.report.ShreddedUnixUs = time.Now().UnixMicro()
+	s.report.ShreddedUnixUs = max(time.Now().UnixMicro(), s.report.KeysWipedUnixUs) // the wall clock may be set back
 	s.p.mu.Lock()
 	delete(s.p.mu.shredding, s.term)
 	s.p.mu.Unlock()
@@ -95,12 +95,12 @@ const (
 	maxWords   = 1000
 )
 
-// cut bounds a text without breaking a character.
+// cut bounds a text, and makes it one that a message may carry.
 func cut(text string) string {
 	if len(text) <= maxWords {
-		return text
+		return strings.ToValidUTF8(text, "?")
 	}
-	return strings.ToValidUTF8(text[:maxWords], "") + "…"
+	return strings.ToValidUTF8(text[:maxWords], "?") + "…"
 }
 
 // How long, and how often, it is tried to tell the key manager. A node that is cut off for longer is
