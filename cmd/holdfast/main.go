@@ -10,16 +10,24 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/holdfastdb/holdfast/internal/hardening"
 )
 
 func main() { os.Exit(run()) }
 
 // run returns the program's exit status.
 func run() int {
+	if slices.ContainsFunc(os.Args[1:], holdsKeys) {
+		if err := hardening.ClobberFreed(); err != nil { // it goes on in this process if it works
+			fmt.Fprintln(os.Stderr, "holdfast: freed memory keeps what was in it until it is used again:", err)
+		}
+	}
 	endProfile, err := startProfile()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "holdfast:", err)
@@ -41,6 +49,11 @@ func run() int {
 		return 1
 	}
 	return 0
+}
+
+// holdsKeys tells the names of commands whose process holds keys or plaintext.
+func holdsKeys(command string) bool {
+	return slices.Contains([]string{"up", "keymgr", "safekeeper", "pageserver", "manager", "compute"}, command)
 }
 
 // startProfile writes a CPU profile of this process into the folder that HOLDFAST_PROFILE

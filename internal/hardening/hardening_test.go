@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 			fmt.Println("drop:", err)
 			os.Exit(1)
 		}
+	case "scrub":
+		scrubChild()
+		return
 	}
 	child()
 }
