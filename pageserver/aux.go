@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/holdfastdb/holdfast/internal/auxfile"
+	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
@@ -24,11 +25,12 @@ func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change
 	changes, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
 	switch {
 	case err == nil:
+		f.b.messages.note(f.rec.LSN, f.tl.DurableLSN(), sealed)
 		f.slotsChange = f.slotsChange || slices.ContainsFunc(changes, func(c auxfile.Change) bool { return isSlot(c.Path) })
 		return changes, nil
 	case errors.Is(err, auxfile.ErrUnreadable):
 		return nil, err
-	case !errors.Is(err, seal.ErrDamaged):
+	case !errors.Is(err, seal.ErrDamaged) && !errors.Is(err, keyring.ErrRetired): // a version is retired only when no message needs it
 		return nil, asLookup(err)
 	}
 	if !f.auxRefused { // once, or users could fill the log; without the error, which may quote what they wrote (K1)

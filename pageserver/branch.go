@@ -37,6 +37,7 @@ type branch struct {
 	epoch atomic.Uint64
 	// slotsChanged is the LSN up to which a replication slot's file may have changed.
 	slotsChanged atomic.Uint64
+	messages     messageDEKs
 
 	mu struct {
 		sync.Mutex

@@ -138,7 +138,8 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 		return fmt.Errorf("%s does not continue the WAL, which is ingested up to %v", what, f.pos())
 	}
 	if err := f.open(c); err != nil {
-		if errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, seal.ErrWiped) || f.ctx.Err() != nil {
+		if errors.Is(err, keyring.ErrRevoked) || errors.Is(err, keyring.ErrUnreachable) || errors.Is(err, seal.ErrWiped) ||
+			errors.Is(err, keyring.ErrRetired) || f.ctx.Err() != nil { // retired: the safekeeper is behind a rotation, and catches up
 			return err
 		}
 		return &damage{"opening " + what, err}

@@ -242,6 +242,8 @@ func callError(err error) error {
 		return &RevokedError{ControlledBy: d.GetControlledBy(), Message: message(err)}
 	}
 	switch status.Code(err) {
+	case codes.OutOfRange:
+		return fmt.Errorf("%w: key manager: %w", ErrRetired, err)
 	case codes.DataLoss:
 		return fmt.Errorf("%w: key manager: %w", seal.ErrDamaged, err)
 	case codes.InvalidArgument, codes.NotFound, codes.PermissionDenied, codes.Unimplemented:

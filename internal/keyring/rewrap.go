@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"google.golang.org/grpc"
@@ -15,6 +16,10 @@ type Wrapped struct {
 	Context seal.Context
 	DEK     []byte
 }
+
+// ErrRetired means that a DEK is wrapped under a version of the KEK that was destroyed. A newer
+// form of it is kept where the DEK is kept, unless nobody needed it any more.
+var ErrRetired = errors.New("the version of the key under which it is wrapped was retired")
 
 // Rewrapper is the part of a Ring that rotations of the KEK need.
 type Rewrapper interface {

@@ -10,6 +10,7 @@ import (
 	"path"
 
 	"github.com/holdfastdb/holdfast/internal/blob"
+	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/pageserver/layer"
 )
 
@@ -82,10 +83,17 @@ func (t *Timeline) newBuilder(level int) (*builder, error) {
 	c := t.cfg.sealContext(b.desc.Object)
 	ctx, cancel := context.WithTimeout(t.ctx, openTimeout)
 	defer cancel()
+	t.making.set(b.desc.Object, 0)
 	key, wrapped, err := t.cfg.Ring.Generate(ctx, c)
 	if err != nil {
+		t.making.drop(b.desc.Object)
 		return nil, fmt.Errorf("making a key for layer %s: %w", b.desc.Object, err)
 	}
+	version, err := seal.KEKVersion(wrapped)
+	if err != nil {
+		version = 0
+	}
+	t.making.set(b.desc.Object, version)
 	b.desc.Wrapped = wrapped
 	b.w, err = layer.NewWriter(&b.buf, key, wrapped, c)
 	return b, err
@@ -99,13 +107,17 @@ func (b *builder) add(e Entry) error {
 	return nil
 }
 
-func (b *builder) abort() { b.w.Abort() }
+func (b *builder) abort() {
+	b.w.Abort()
+	b.t.making.drop(b.desc.Object)
+}
 
 // upload ends the layer and puts it into the bucket, and a copy into the local folder. It
 // tries until it works or cannot work.
 func (b *builder) upload() error {
 	p, size, err := b.w.Finish()
 	if err != nil {
+		b.t.making.drop(b.desc.Object)
 		return fmt.Errorf("layer %s: %w", b.desc.Object, err)
 	}
 	d := &b.desc
@@ -120,6 +132,7 @@ func (b *builder) upload() error {
 			return nil
 		}
 		if !temporary(err) || !wait.sleep(b.t.ctx, err) {
+			b.t.making.drop(b.desc.Object)
 			return err
 		}
 	}

@@ -87,40 +87,46 @@ func swapRetrying(ctx context.Context, cfg *Config, data []byte, old blob.ETag) 
 // counts before the bucket has it. One commit is under way at a time. then runs under
 // t.mu, before the view is made.
 func (t *Timeline) commit(edit func(m *manifest), then func()) error {
+	_, err := t.commitSized(edit, then)
+	return err
+}
+
+// commitSized also tells how many bytes the manifest has.
+func (t *Timeline) commitSized(edit func(m *manifest), then func()) (size int64, err error) {
 	t.commitMu.Lock()
 	defer t.commitMu.Unlock()
 	t.mu.Lock()
 	next, err := t.mu.manifest.clone(), t.mu.err
 	t.mu.Unlock()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	edit(next)
 	next.Revision++
 	if err := next.check(t.cfg.layerPrefix()); err != nil {
-		return fmt.Errorf("manifest %s would be wrong: %w", t.cfg.manifestKey(), err)
+		return 0, fmt.Errorf("manifest %s would be wrong: %w", t.cfg.manifestKey(), err)
 	}
 	data, err := next.encode()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	etag, err := swapRetrying(t.ctx, &t.cfg, data, t.etag)
 	if errors.Is(err, errChanged) {
 		err = t.superseded(err)
 	}
 	if err != nil {
-		return err
+		return 0, err
 	}
 	// Commit point: after a crash here the new layers count.
 	t.etag = etag
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.mu.err != nil {
-		return t.mu.err
+		return 0, t.mu.err
 	}
 	then()
 	t.installLocked(next)
-	return nil
+	return int64(len(data)), nil
 }
 
 // superseded looks whether another generation explains err; if so this server stops.

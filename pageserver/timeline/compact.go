@@ -191,6 +191,7 @@ func (c *compaction) run() error {
 // giveUp deletes what was uploaded and will not be used: no commit was tried.
 func (c *compaction) giveUp() {
 	for _, d := range c.outputs {
+		c.t.making.drop(d.Object)
 		c.t.chores.add(func() { c.t.deleteLayer(d.Object) })
 	}
 }

@@ -27,6 +27,7 @@ type handle struct {
 	refs     atomic.Int64 // views that have it
 	obsolete atomic.Bool  // no longer in the manifest: to be deleted once no view has it
 	lastUse  atomic.Int64
+	wrapped  atomic.Pointer[[]byte] // the DEK as the manifest has it now; desc has it as it was first
 
 	mu struct {
 		sync.Mutex
@@ -168,7 +169,13 @@ func (t *Timeline) openFrom(h *handle, r io.ReaderAt) (*openFile, error) {
 	ctx, cancel := context.WithTimeout(t.ctx, openTimeout)
 	defer cancel()
 	key := func(ctx context.Context, c seal.Context, _ []byte) (*seal.Key, error) {
-		return t.cfg.Ring.Open(ctx, c, h.desc.Wrapped)
+		for {
+			wrapped := h.wrapped.Load()
+			k, err := t.cfg.Ring.Open(ctx, c, *wrapped)
+			if err == nil || wrapped == h.wrapped.Load() {
+				return k, err
+			} // re-wrapped meanwhile, and perhaps the old version of the KEK is gone
+		}
 	}
 	r2, err := layer.Open(ctx, r, h.desc.Size, t.cfg.sealContext(h.desc.Object), key)
 	if err != nil {

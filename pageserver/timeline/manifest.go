@@ -49,7 +49,7 @@ const (
 )
 
 // layerDesc describes a layer. Wrapped is the authoritative wrapped DEK: the one in the
-// file's header is not used.
+// file's header is not used. A rotation of the KEK replaces it, and nothing else of a layer ever changes (P2).
 type layerDesc struct {
 	Object  string   `json:"object"`
 	Level   int      `json:"level"`

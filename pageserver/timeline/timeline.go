@@ -23,6 +23,7 @@ type Timeline struct {
 	hot        *hotCache
 	disk       *diskCache
 	chores     *chores
+	making     making
 	cancelRing func()
 	nextObject atomic.Uint64 // number of the next layer file
 	nextLayer  atomic.Uint64 // id of the next handle

@@ -96,7 +96,9 @@ func (t *Timeline) installLocked(m *manifest) {
 		h := t.mu.handles[d.Object]
 		if h == nil {
 			h = &handle{id: t.nextLayer.Add(1), desc: *d}
+			t.making.drop(d.Object)
 		}
+		h.wrapped.Store(&d.Wrapped)
 		live[d.Object] = h
 		return h
 	})

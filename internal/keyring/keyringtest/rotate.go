@@ -48,7 +48,7 @@ func (r *Ring) unwrap(c seal.Context, wrapped []byte) ([]byte, error) {
 	kek := r.mu.keks[version]
 	r.mu.Unlock()
 	if kek == nil {
-		return nil, fmt.Errorf("test: version %d of the KEK is retired: %w", version, seal.ErrDamaged)
+		return nil, fmt.Errorf("test: version %d of the KEK is not there: %w", version, keyring.ErrRetired)
 	}
 	return kek.Unwrap(c, wrapped)
 }
