@@ -58,6 +58,7 @@ type writer struct {
 	counter  uint64
 	sealed   int64 // bytes under key
 	segments int
+	made     []made // see unapplied
 }
 
 // writer gives the branch's writer under the present leadership.
@@ -288,6 +289,7 @@ func (w *writer) newKey(ctx context.Context) error {
 		return fmt.Errorf("a key for the WAL: %w", err)
 	}
 	w.key, w.wrapped, w.context, w.counter, w.sealed = key, wrapped, c, 0, 0
+	w.noteMade(c.Object, wrapped)
 	return nil
 }
 

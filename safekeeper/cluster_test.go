@@ -3,6 +3,7 @@ package safekeeper
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -18,6 +19,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
+	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/keyring/keyringtest"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -310,7 +312,8 @@ func (c *cluster) mustHoldOn(branch string, w *walMaker, but uint64) {
 func (c *cluster) readRetry(id uint64, branch string, from, until pg.LSN) (b []byte, err error) {
 	for range 500 {
 		b, err = c.read(id, branch, from, until)
-		if code := status.Code(err); code != codes.Unavailable && code != codes.NotFound {
+		// A replica that was restarted may not know yet of commands that it had applied.
+		if code := status.Code(err); code != codes.Unavailable && code != codes.NotFound && !errors.Is(err, keyring.ErrRetired) {
 			return b, err
 		}
 		time.Sleep(20 * time.Millisecond)

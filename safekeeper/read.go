@@ -178,7 +178,7 @@ func (r *reader) load(ctx context.Context, p plan) ([]*pb.SealedWAL, error) {
 		for len(all) > 0 && pg.LSN(all[0].EndLsn) <= r.at {
 			all = all[1:]
 		}
-		return all, nil
+		return r.newest(all), nil
 	}
 	var chunks []*pb.SealedWAL
 	for size, i := 0, 0; i < len(p.chunks) && size < readBytes; i++ {
@@ -196,5 +196,21 @@ func (r *reader) load(ctx context.Context, p plan) ([]*pb.SealedWAL, error) {
 		chunks = append(chunks, archive.Chunk(&c))
 		size += len(c.Ciphertext)
 	}
-	return chunks, nil
+	return r.newest(chunks), nil
+}
+
+// newest gives chunks the form of their DEK that a rotation of the KEK left.
+func (r *reader) newest(chunks []*pb.SealedWAL) []*pb.SealedWAL {
+	r.g.View(func(st *walstate.State) {
+		b := st.Lookup(r.name)
+		if b == nil {
+			return
+		}
+		for _, c := range chunks {
+			if wrapped := b.Wrapped(c.Object, pg.LSN(c.BeginLsn)); wrapped != nil {
+				c.WrappedDek = wrapped // the state replaces it as a whole, and never changes its bytes
+			}
+		}
+	})
+	return chunks
 }

@@ -18,6 +18,8 @@
 //	                  wrapped DEK, then the ciphertext to the entry's end
 //	  4 Durable       branch number uint32, lsn uint64
 //	  5 Archived      branch number uint32, begin, end uint64, bytes uint64
+//	  6 Rewrap        branch number uint32, count uint16, then for each DEK its object, its
+//	                  wrapped form so far and the one that takes its place
 //	  7 DeleteBranch  branch number uint32
 package walstate
 
@@ -38,6 +40,7 @@ const (
 	KindAppend
 	KindDurable
 	KindArchived
+	KindRewrap
 )
 
 // KindDeleteBranch forgets a branch. Its number is not given out again.
@@ -59,6 +62,8 @@ type Command struct {
 	Ciphertext []byte
 
 	Bytes uint64 // Archived: the object's size
+
+	Rewraps []Rewrap // Rewrap: at most MaxRewraps
 }
 
 // Name names a branch.
@@ -97,6 +102,8 @@ func (c *Command) Encode(dst []byte) []byte {
 		dst = le.AppendUint64(dst, uint64(c.Begin))
 		dst = le.AppendUint64(dst, uint64(c.End))
 		return le.AppendUint64(dst, c.Bytes)
+	case KindRewrap:
+		return appendRewraps(le.AppendUint32(dst, c.Branch), c.Rewraps)
 	case KindDeleteBranch:
 		return le.AppendUint32(dst, c.Branch)
 	}
@@ -148,6 +155,9 @@ func Decode(data []byte) (c Command, err error) {
 	case KindArchived:
 		c.Branch = d.uint32()
 		c.Begin, c.End, c.Bytes = pg.LSN(d.uint64()), pg.LSN(d.uint64()), d.uint64()
+	case KindRewrap:
+		c.Branch = d.uint32()
+		c.Rewraps = d.rewraps()
 	case KindDeleteBranch:
 		c.Branch = d.uint32()
 	default:

@@ -39,6 +39,12 @@ type Branch struct {
 	End     pg.LSN
 	Durable pg.LSN // below it, WAL is in layers in the bucket
 	Archive []Archived
+	// DEKs are those of the WAL that the Raft log or the archive holds, ascending. A replica whose
+	// log is shorter knows fewer.
+	DEKs []DEK `json:",omitempty"`
+	// Unindexed is up to where archived WAL may have DEKs that are not in DEKs: it is from before
+	// there was that index. 0: none has.
+	Unindexed pg.LSN `json:",omitempty"`
 
 	Chunks []Chunk `json:"-"` // those that the Raft log still holds, ascending
 }
@@ -147,6 +153,8 @@ func (s *State) Apply(index uint64, data []byte) (Result, error) {
 		r.Dropped, r.Err = b.setDurable(c.Begin)
 	case KindArchived:
 		r.Err = b.addArchived(c)
+	case KindRewrap:
+		b.rewrap(c.Rewraps)
 	case KindDeleteBranch:
 		delete(s.branches, b.No)
 		delete(s.byName, b.Name)
@@ -180,6 +188,7 @@ func (b *Branch) append(c Command, index uint64) error {
 		return ErrGap
 	}
 	b.End = c.End
+	b.noteDEK(c)
 	b.Chunks = append(b.Chunks, Chunk{Begin: c.Begin, End: c.End, Index: index})
 	return nil
 }
@@ -195,6 +204,7 @@ func (b *Branch) setDurable(lsn pg.LSN) (dropped []Archived, err error) {
 	for len(b.Archive) > 0 && b.Archive[0].End <= lsn {
 		dropped, b.Archive = append(dropped, b.Archive[0]), b.Archive[1:]
 	}
+	b.forgetDEKs()
 	return dropped, nil
 }
 
@@ -226,6 +236,7 @@ func (s *State) Forget(index uint64) {
 		})
 		if n > 0 {
 			b.Chunks = slices.Clone(b.Chunks[n:])
+			b.forgetDEKs()
 		}
 	}
 }

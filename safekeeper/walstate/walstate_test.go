@@ -17,6 +17,7 @@ func commands() []Command {
 		{Kind: KindAppend, Branch: 1, Epoch: 1, Begin: 8, End: 24, Counter: 7, Object: []byte("o"), WrappedDEK: []byte("w"), Ciphertext: []byte("cc")},
 		{Kind: KindDurable, ID: 3, Branch: 1, Begin: 16},
 		{Kind: KindArchived, ID: 4, Branch: 1, Begin: 8, End: 24, Bytes: 99},
+		{Kind: KindRewrap, ID: 5, Branch: 1, Rewraps: []Rewrap{{[]byte("o"), []byte("w"), []byte("w2")}, {[]byte("p"), []byte("x"), []byte("x2")}}},
 		{Kind: KindDeleteBranch, ID: 5, Branch: 1},
 	}
 }
