@@ -54,6 +54,7 @@ type agent struct {
 	keyConn  *grpc.ClientConn
 	ring     keyring.Ring
 	noShred  func()
+	key      atomic.Pointer[pb.KeyStatusResponse] // as it was when the lease was taken
 	pageConn *grpc.ClientConn
 	pages    *pageclient.Client
 	plan     *boot.Plan
@@ -137,7 +138,7 @@ func (a *agent) start(ctx context.Context) error {
 		do   func(context.Context) error
 	}{
 		{"prepare", a.prepare}, {"lease", a.lease}, {"epoch", a.openEpoch}, {"state", a.readState}, {"mount", a.mountAtEnd},
-		{"address", func(ctx context.Context) error { return awaitAddress(ctx, a.cfg.Listen) }},
+		{"address", a.address},
 		{"postgres", a.startPostgres},
 	} {
 		if err := step.do(ctx); err != nil {
@@ -146,6 +147,14 @@ func (a *agent) start(ctx context.Context) error {
 		a.phase(step.name)
 	}
 	return nil
+}
+
+// address waits for the clients' address, which somebody may hold who answers in our place.
+func (a *agent) address(ctx context.Context) error {
+	if err := tell("address"); err != nil {
+		return fmt.Errorf("telling that the address is needed: %w", err)
+	}
+	return awaitAddress(ctx, a.cfg.Listen)
 }
 
 func (a *agent) prepare(context.Context) (err error) {
@@ -178,6 +187,7 @@ func (a *agent) lease(ctx context.Context) (err error) {
 		return fmt.Errorf("taking a lease on the project's keys: %w", err)
 	}
 	key.Wipe()
+	go a.learnKey(a.life)
 	return nil
 }
 
@@ -341,20 +351,24 @@ func writePlan(fs *pgfs.FS, plan *boot.Plan) error {
 }
 
 func (a *agent) startPostgres(ctx context.Context) (err error) {
-	if a.postgres, err = startPostgres(a.folder.Mount, a.user, a.settings, a.log); err != nil {
+	if a.postgres, err = startPostgres(a.life, a.folder.Mount, a.user, a.settings, a.log); err != nil {
 		return err
 	}
 	a.serving.Store(a.postgres)
 	if a.cfg.Guard != nil {
 		a.cfg.Guard.Also(a.postgres.PID())
 	}
+	a.postgres.parting.why = a.keyNotice
 	context.AfterFunc(a.life, func() { // at once, whatever else is under way
-		if a.leaseEnded() {
-			a.postgres.goodbye(context.Cause(a.life))
+		if cause := context.Cause(a.life); KeyLost(cause) {
+			a.postgres.goodbye(cause)
 		}
 		a.fs.Discard()
 		a.postgres.Kill()
 		a.appender.Close() // a write of WAL that waits for room cannot be killed
+		if KeyLost(context.Cause(a.life)) {
+			_ = tell("shut") // who started this process may answer clients
+		}
 	})
 	if err := a.postgres.awaitReady(ctx); err != nil {
 		return a.blameSettings(err)

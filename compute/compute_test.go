@@ -156,7 +156,7 @@ func local(t *testing.T, extra map[string]string) (*postgres, *pgfs.FS) {
 			t.Fatal(err)
 		}
 	}
-	pg, err := startPostgres(folder.Mount, user, settings, testLog(t))
+	pg, err := startPostgres(t.Context(), folder.Mount, user, settings, testLog(t))
 	if err != nil {
 		t.Fatal(err)
 	}

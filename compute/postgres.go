@@ -23,6 +23,7 @@ type postgres struct {
 	*pgproc.Process
 	log      *pgproc.Log
 	settings *boot.Settings
+	parting  parting
 
 	standing struct {
 		sync.Mutex                // held while the connection is used
@@ -51,7 +52,8 @@ func awaitAddress(ctx context.Context, addr string) error {
 	}
 }
 
-func startPostgres(mount string, user pgproc.User, settings *boot.Settings, log *slog.Logger) (*postgres, error) {
+// startPostgres starts the server. life is the agent's: its cause tells why the server is killed.
+func startPostgres(life context.Context, mount string, user pgproc.User, settings *boot.Settings, log *slog.Logger) (*postgres, error) {
 	path, err := pgproc.Binary("postgres")
 	if err != nil {
 		return nil, err
@@ -63,12 +65,11 @@ func startPostgres(mount string, user pgproc.User, settings *boot.Settings, log 
 	if err != nil {
 		return nil, err
 	}
-	return &postgres{Process: p, log: out, settings: settings}, nil
+	started := &postgres{Process: p, log: out, settings: settings}
+	started.parting.life, started.parting.log = life, log
+	started.parting.clients.encrypted = true // until Postgres was asked
+	return started, nil
 }
-
-// goodbye may tell clients why they are about to be cut off. It takes 300 ms at most: the lease has
-// ended (K2).
-func (p *postgres) goodbye(error) {}
 
 // ended describes Postgres's end.
 func (p *postgres) ended() error {
@@ -126,6 +127,9 @@ func (p *postgres) stop(cut <-chan struct{}) {
 
 // kill kills Postgres with all its backends and tells whether they are gone.
 func (p *postgres) kill() bool {
+	if reason := context.Cause(p.parting.life); KeyLost(reason) {
+		p.goodbye(reason)
+	}
 	p.Kill()
 	select {
 	case <-p.Done():
@@ -315,6 +319,9 @@ func (p *postgres) pollStanding(ctx context.Context, fs *pgfs.FS) error {
 		p.standing.conn, stay = conn, mayStay
 	}
 	err := pollOnce(ctx, p.standing.conn, fs)
+	if err == nil {
+		err = p.noteClients(ctx, p.standing.conn)
+	}
 	if err != nil || !stay {
 		p.endStandingLocked()
 	}

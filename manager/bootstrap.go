@@ -41,12 +41,12 @@ func (m *Manager) bootstrap(ctx context.Context) (*cluster, error) {
 		return nil, err
 	}
 	project := c.Projects[0]
+	if len(c.Branches) > 0 { // its key was made; endpoints that cannot use it now will wait for it
+		return c, nil
+	}
 	m.cfg.Progress("checking the customer's key " + project.CMK)
 	if _, err := m.keymgr.CreateProject(ctx, &pb.CreateProjectRequest{Project: project.ID, Cmk: project.CMK}, grpc.WaitForReady(true)); err != nil {
 		return nil, fmt.Errorf("making the project's key under %s: %w", project.CMK, err)
-	}
-	if len(c.Branches) > 0 {
-		return c, nil
 	}
 	branch := branchDoc{ID: newID(), Project: project.ID, Name: "main"}
 	endpoint := endpointDoc{Name: firstEndpoint, Project: project.ID, Branch: branch.ID, Running: true,

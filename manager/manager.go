@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
@@ -40,6 +41,9 @@ type Config struct {
 	// Created is told the superuser's generated password, once, when the first branch
 	// is made. May be nil.
 	Created func(password string)
+	// Ready is told that an endpoint, by its URL, takes connections after it waited for its
+	// key. May be nil.
+	Ready func(url string)
 	// Interactive is for `holdfast up`: Start makes the first endpoint run even if it was
 	// stopped, and moves it to EndpointListen unless that is empty.
 	Interactive bool
@@ -81,6 +85,9 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.Created == nil {
 		cfg.Created = func(string) {}
 	}
+	if cfg.Ready == nil {
+		cfg.Ready = func(string) {}
+	}
 	if cfg.LogDir == "" {
 		cfg.LogDir = cfg.Dir
 	}
@@ -117,7 +124,8 @@ func New(cfg Config) (*Manager, error) {
 func (m *Manager) Register(s *grpc.Server) { pb.RegisterManagerServer(s, m) }
 
 // Start makes the first project and branch where there are none, has the pageserver serve
-// every branch, and starts the endpoints that are wanted. It returns when these are ready.
+// every branch, and starts the endpoints that are wanted. It returns when these are ready or
+// wait for their keys: such an endpoint starts by itself when its key can be used.
 func (m *Manager) Start(ctx context.Context) error {
 	for _, dir := range []string{m.cfg.Dir, m.cfg.ComputeDir} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -133,8 +141,8 @@ func (m *Manager) Start(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := m.attachAll(ctx, c); err != nil {
-		return err
+	if err := m.attachAll(ctx, c); err != nil { // a page server that comes late finds the rest of the start waiting
+		m.cfg.Log.Warn("attaching branches", "error", err)
 	}
 	attachCtx, cancel := context.WithCancel(context.Background())
 	m.stopAttach, m.attachDone, m.sweepDone = cancel, make(chan struct{}), make(chan struct{})
@@ -157,23 +165,37 @@ func (m *Manager) Start(ctx context.Context) error {
 		s.start()
 	}
 	for _, s := range wanted {
-		if err := s.waitReady(ctx, true); err != nil {
+		if err := s.waitReady(ctx, true); err != nil && !errors.Is(err, errWaitsForKey) {
 			return err
 		}
 	}
 	return nil
 }
 
+// attachTimeout bounds one call: a branch whose key is gone keeps no other waiting.
+const attachTimeout = 10 * time.Second
+
 // attachAll tells the pageserver which branches to serve. It is idempotent.
 func (m *Manager) attachAll(ctx context.Context, c *cluster) error {
-	for _, b := range c.Branches {
-		_, err := m.pageserver.Attach(ctx, &pb.AttachRequest{Project: b.Project, Branch: b.ID}, grpc.WaitForReady(true))
-		if err != nil {
-			return fmt.Errorf("attaching branch %s to the pageserver: %w", b.Name, err)
-		}
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	errs := make([]error, len(c.Branches))
+	var all errgroup.Group
+	all.SetLimit(attachAtOnce)
+	for i, b := range c.Branches {
+		all.Go(func() error {
+			_, err := m.pageserver.Attach(ctx, &pb.AttachRequest{Project: b.Project, Branch: b.ID}, grpc.WaitForReady(true))
+			if err != nil {
+				errs[i] = fmt.Errorf("attaching branch %s to the pageserver: %w", b.Name, err)
+			}
+			return nil
+		})
 	}
-	return nil
+	_ = all.Wait() // each error is in errs
+	return errors.Join(errs...)
 }
+
+const attachAtOnce = 16
 
 // attachInterval bounds how long a restarted pageserver serves nothing.
 const attachInterval = 500 * time.Millisecond
@@ -223,12 +245,20 @@ func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 	if m.cfg.VerifyPages {
 		grace = verifyGrace
 	}
+	certificate, err := refuseTLS(doc.Listen)
+	if err != nil {
+		m.cfg.Log.Warn("clients under TLS will not be told why an endpoint does not run", "endpoint", doc.Name, "error", err)
+	}
 	return newSupervisor(doc, supervised{
 		command: command,
 		log:     childLog{path: filepath.Join(m.cfg.LogDir, "endpoint-"+doc.Name+".log")},
 		remove:  func() error { return removeDir(dir) },
 		tell:    m.cfg.Progress,
 		grace:   grace,
+		ready:   func() { m.cfg.Ready(urlOf(doc)) },
+		key: keyWaiter{refuse: &refuser{listen: doc.Listen, tls: certificate}, ask: func(ctx context.Context) (*pb.KeyStatusResponse, error) {
+			return m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: doc.Project, Branch: doc.Branch})
+		}},
 	}, m.cfg.Log)
 }
 

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/keyloss"
 )
 
 // States of an endpoint, as users see them.
@@ -50,6 +51,8 @@ type supervised struct {
 	remove  func() error                            // deletes the endpoint's local folder
 	tell    func(string)                            // is told, in words for the user, why it does not run
 	grace   time.Duration                           // from SIGTERM to SIGKILL; 0: stopGrace
+	ready   func()                                  // is told that it runs after a wait for the key; may be nil
+	key     keyWaiter
 }
 
 // supervisor keeps one endpoint's agent running while it is wanted.
@@ -63,6 +66,7 @@ type supervisor struct {
 		state   string
 		err     string
 		setting bool     // err is a setting's: trying again does not help
+		waits   bool     // for the key: it goes on by itself when the customer lets it
 		reset   []string // settings to take back at the next start
 		epoch   uint64
 		process *os.Process
@@ -74,6 +78,9 @@ type supervisor struct {
 
 func newSupervisor(doc endpointDoc, child supervised, log *slog.Logger) *supervisor {
 	child.grace = cmp.Or(child.grace, stopGrace)
+	if child.ready == nil {
+		child.ready = func() {}
+	}
 	s := &supervisor{doc: doc, child: child, log: log.With("endpoint", doc.Name)}
 	s.mu.state = stateStopped
 	s.mu.changed = make(chan struct{})
@@ -84,6 +91,12 @@ func (s *supervisor) set(state, err string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.state, s.mu.err, s.mu.setting = state, err, false
+	switch state {
+	case stateKeyRevoked, stateKeyUnreachable:
+		s.mu.waits = true
+	case stateRunning, stateStopped, stateFailed:
+		s.mu.waits = false
+	}
 	close(s.mu.changed)
 	s.mu.changed = make(chan struct{})
 }
@@ -93,12 +106,15 @@ func (s *supervisor) status() *pb.Endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e := &pb.Endpoint{Name: s.doc.Name, Project: s.doc.Project, Branch: s.doc.Branch, State: s.mu.state,
-		Url: "postgres://postgres@" + s.doc.Listen + "/postgres", Epoch: s.mu.epoch, Error: s.mu.err}
+		Url: urlOf(s.doc), Epoch: s.mu.epoch, Error: s.mu.err}
 	if s.mu.process != nil {
 		e.Pid = int64(s.mu.process.Pid)
 	}
 	return e
 }
+
+// urlOf is where an endpoint takes connections.
+func urlOf(doc endpointDoc) string { return "postgres://postgres@" + doc.Listen + "/postgres" }
 
 // start begins to keep the endpoint running; it does nothing when that is so already. The
 // settings in reset are taken back at the next start.
@@ -149,8 +165,11 @@ func (s *supervisor) end(ctx context.Context, sig syscall.Signal) error {
 	}
 }
 
-// waitReady waits until the endpoint runs or has failed. Who is not patient is told at once of
-// what only they can mend.
+// errWaitsForKey is waitReady's of an endpoint that will run when its key can be used.
+var errWaitsForKey = errors.New("it starts by itself when its key can be used")
+
+// waitReady waits until the endpoint runs, has failed or waits for its key. Who is not patient is
+// told at once of what only they can mend.
 func (s *supervisor) waitReady(ctx context.Context, patient bool) error {
 	for {
 		s.mu.Lock()
@@ -166,6 +185,8 @@ func (s *supervisor) waitReady(ctx context.Context, patient bool) error {
 			return fmt.Errorf("endpoint %s: %s", s.doc.Name, msg)
 		case stateStopped:
 			return fmt.Errorf("endpoint %s was stopped", s.doc.Name)
+		case stateKeyRevoked, stateKeyUnreachable:
+			return fmt.Errorf("endpoint %s: %s: %w", s.doc.Name, msg, errWaitsForKey)
 		}
 		select {
 		case <-changed:
@@ -184,6 +205,9 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 	// A child's parent-death signal is tied to the thread that made it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	if s.child.key.refuse != nil {
+		defer s.child.key.refuse.close()
+	}
 	backoff := restartBackoff
 	for {
 		began := time.Now()
@@ -198,6 +222,11 @@ func (s *supervisor) loop(ctx context.Context, done chan struct{}) {
 			s.child.tell(fmt.Sprintf("endpoint %s was fenced: a newer compute has opened its branch", s.doc.Name))
 			s.set(stateFailed, "fenced: a newer compute has opened the branch")
 			return
+		}
+		if exit != nil && exit.ExitCode() == ExitKey && s.child.key.ask != nil {
+			s.log.Warn("the agent ended for its key", "error", err)
+			s.waitForKey(ctx, time.Since(began))
+			continue
 		}
 		if time.Since(began) > time.Minute {
 			backoff = restartBackoff
@@ -294,12 +323,26 @@ func (s *supervisor) readEvents(out io.Reader) {
 			s.log.Warn("the agent wrote a line that is no event", "line", lines.Text())
 			continue
 		}
-		if e.Event == "ready" {
-			s.mu.Lock()
-			s.mu.epoch, s.mu.reset = e.Epoch, nil
-			s.mu.Unlock()
-			s.set(stateRunning, "")
-		}
+		s.happened(e)
 	}
 	_, _ = io.Copy(io.Discard, out) // a line too long must not block the agent
+}
+
+func (s *supervisor) happened(e event) {
+	switch refuse := s.child.key.refuse; {
+	case e.Event == "ready":
+		s.mu.Lock()
+		s.mu.epoch, s.mu.reset = e.Epoch, nil
+		waited := s.mu.waits
+		s.mu.Unlock()
+		s.set(stateRunning, "")
+		if waited {
+			s.child.tell("endpoint " + s.doc.Name + " takes connections again")
+			s.child.ready()
+		}
+	case e.Event == "address" && refuse != nil: // Postgres is about to listen
+		refuse.close()
+	case e.Event == "shut" && refuse != nil: // Postgres is gone, the agent not yet
+		refuse.open(keyloss.Of(s.doc.Project, s.askKey(context.Background())))
+	}
 }

@@ -100,6 +100,9 @@ func newPsql() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if strings.HasPrefix(e.State, "key ") {
+					return fmt.Errorf("endpoint %s: %s", name, e.Error)
+				}
 				if e.State != "running" {
 					return fmt.Errorf("endpoint %s is %s; `holdfast endpoint start %s` starts it", name, e.State, name)
 				}

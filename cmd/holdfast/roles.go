@@ -214,7 +214,8 @@ func startManager(ctx context.Context, cfg *config.Manager, interactive bool, lo
 		return nil, nil, errors.Join(err, s.close())
 	}
 	m, err := manager.New(manager.Config{Manager: *cfg, Store: store, Ring: ring, Executable: exe,
-		Log: log.With("role", "manager"), Progress: progress, Created: printPassword, Interactive: interactive})
+		Log: log.With("role", "manager"), Progress: progress, Created: printPassword, Interactive: interactive,
+		Ready: func(url string) { progress("ready: " + url) }})
 	if err != nil {
 		return nil, nil, errors.Join(err, s.close())
 	}
@@ -320,6 +321,8 @@ func newCompute() *cobra.Command {
 				return &exitError{status: manager.ExitFenced, err: err}
 			case errors.Is(err, compute.ErrSetting):
 				return &exitError{status: manager.ExitSetting, err: err}
+			case compute.KeyLost(err):
+				return &exitError{status: manager.ExitKey, err: err}
 			}
 			return err
 		},

@@ -117,7 +117,7 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 	defer closeLog()
 	hardening.Apply(log)
 
-	var url string
+	var url, waits string
 	var services []*service
 	closeAll := func() error {
 		var errs []error
@@ -152,6 +152,7 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		s, m, startErr := startManager(ctx, l.managerConfig(f, computeDir), true, log, progress)
 		if err = add(s, startErr); err == nil {
 			url, err = m.URL()
+			waits = m.Waits()
 		}
 	}
 	if err != nil {
@@ -161,7 +162,11 @@ func runUp(cmd *cobra.Command, l layout, f upFlags) error {
 		}
 		return errors.Join(err, closeErr)
 	}
-	fmt.Println("ready:", url)
+	if waits == "" {
+		fmt.Println("ready:", url)
+	} else { // the manager says "ready: ..." in its time
+		progress("not ready: " + waits + "; clients of " + url + " are told so")
+	}
 	failed := make(chan error, len(services))
 	for _, s := range services {
 		go func() { failed <- <-s.failed }()
