@@ -34,7 +34,7 @@ type Event struct {
 	Time time.Time `json:"time"`
 	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, cmk.wrap, cmk.unwrap,
 	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, dek.generated,
-	// dek.unwrapped.
+	// dek.unwrapped, key.held, key.released, key.grace, receipt.opened, receipt.completed, shred.reported.
 	Event      string   `json:"event"`
 	Outcome    string   `json:"outcome"` // ok, denied, unreachable, unknown, failed
 	Project    string   `json:"project,omitempty"`
@@ -79,6 +79,7 @@ type auditLog struct {
 type auditRequest struct {
 	events []Event
 	done   chan error
+	last   uint64 // with done: the number of the last of the events
 }
 
 // openAudit verifies the last file of the log and continues it.
@@ -123,19 +124,25 @@ var errAudit = errors.New("the audit log cannot be written, so nothing is given 
 // append returns once the events are on disk. If it fails, what they tell of must not
 // happen.
 func (l *auditLog) append(ctx context.Context, events ...Event) error {
+	_, err := l.appendSeq(ctx, events...)
+	return err
+}
+
+// appendSeq is append, and gives the number of the last of the events.
+func (l *auditLog) appendSeq(ctx context.Context, events ...Event) (uint64, error) {
 	r := &auditRequest{events: events, done: make(chan error, 1)}
 	select {
 	case l.requests <- r:
 	case <-l.stop:
-		return fmt.Errorf("%w: it is closed", errAudit)
+		return 0, fmt.Errorf("%w: it is closed", errAudit)
 	case <-ctx.Done():
-		return ctx.Err()
+		return 0, ctx.Err()
 	}
 	select {
 	case err := <-r.done:
-		return err
+		return r.last, err
 	case <-ctx.Done():
-		return ctx.Err()
+		return 0, ctx.Err()
 	}
 }
 
@@ -162,7 +169,10 @@ func (l *auditLog) run() {
 			events = append(events, r.events...)
 		}
 		err := l.write(events)
+		last := l.seq - uint64(len(events))
 		for _, r := range batch {
+			last += uint64(len(r.events))
+			r.last = last
 			r.done <- err
 		}
 	}

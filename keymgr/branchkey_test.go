@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob/blobtest"
@@ -16,7 +17,7 @@ func (f *fixture) leaseOf(project, branch string) (id, key string) {
 	f.t.Helper()
 	f.eventually("lease on "+project+"/"+branch, func() bool {
 		resp, err := f.srv.Lease(f.t.Context(), &pb.LeaseRequest{Project: project, Branch: branch, Node: "n1"})
-		if err != nil && !strings.Contains(err.Error(), "took longer") {
+		if err != nil && status.Code(err) != codes.Unavailable {
 			f.t.Fatal(err)
 		}
 		id, key = resp.GetLeaseId(), resp.GetKey()

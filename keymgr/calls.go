@@ -47,7 +47,7 @@ func invalid(format string, args ...any) error {
 }
 
 func refusal(why lease.Outcome, format string, args ...any) error {
-	if why == lease.Denied {
+	if why == lease.Denied || why == lease.Held {
 		return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, format, args...)
 	}
 	return rpc.Error(codes.Unavailable, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_UNREACHABLE}, format, args...)
@@ -199,42 +199,4 @@ func (s *Server) unwrapDEK(ctx context.Context, k *keyState, c seal.Context, wra
 		return nil, err
 	}
 	return kek.Unwrap(c, wrapped)
-}
-
-// KeyStatus implements pb.KeyManagerServer. It checks the key if what is known is old.
-func (s *Server) KeyStatus(ctx context.Context, req *pb.KeyStatusRequest) (*pb.KeyStatusResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	id, err := s.resolve(ctx, req.Project, req.Branch)
-	if err != nil {
-		return nil, err
-	}
-	k, doc, err := s.known(ctx, id)
-	if err != nil {
-		return nil, s.callError(err)
-	}
-	var outcome lease.Outcome
-	look := func() (stale bool) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		outcome, stale = s.mu.machine.State(boottime.Now(), id.String())
-		return stale
-	}
-	if look() {
-		if err := s.check(ctx, k, look); err != nil {
-			return nil, s.callError(err)
-		}
-		look()
-	}
-	resp := &pb.KeyStatusResponse{Cmk: doc.CMK, KekVersion: doc.Current, State: "unreachable", Key: id.String()}
-	switch outcome {
-	case lease.OK:
-		resp.State = "active"
-	case lease.Denied:
-		resp.State = "revoked"
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	resp.ProviderError, resp.CheckedUnixMs = k.mu.lastError, k.mu.checkedUnixMS
-	return resp, nil
 }

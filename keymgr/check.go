@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/holdfastdb/holdfast/internal/boottime"
 	"github.com/holdfastdb/holdfast/internal/seal"
@@ -22,17 +23,50 @@ func (s *Server) check(ctx context.Context, k *keyState, stale func() bool) erro
 	if !stale() {
 		return nil
 	}
-	doc, err := s.document(ctx, k, true)
-	if err != nil {
-		return err
-	}
 	began := boottime.Now()
+	doc, err := s.reread(ctx, k)
+	if err != nil {
+		return errors.Join(err, s.applyCheck(ctx, k, began, lease.Unknown, err))
+	}
+	if doc.Hold != nil {
+		return nil // what the KMS says does not matter
+	}
+	began = boottime.Now()
 	for _, probe := range doc.probes() {
-		if _, err = s.unwrapKEK(ctx, k, doc, probe.Version); err != nil {
+		_, err = s.unwrapKEK(ctx, k, doc, probe.Version)
+		if errors.Is(err, seal.ErrWiped) {
+			err = nil // the KMS said yes; the KEK was forgotten meanwhile, and is asked for when it is needed
+		}
+		if err != nil {
 			break
 		}
 	}
 	return s.applyCheck(ctx, k, began, leaseOutcome(err), err)
+}
+
+const (
+	rereadTimeout = 2 * time.Second
+	// trustDocument is for how long a key's document is believed to be as it was read, while the bucket
+	// does not answer: an outage of the bucket is no revocation. It bounds how late a hold, made
+	// through another key manager, can be heard of.
+	trustDocument = time.Minute
+)
+
+// reread gives the key as the bucket has it now, or as it had it a short while ago.
+func (s *Server) reread(ctx context.Context, k *keyState) (*document, error) {
+	// A caller that goes away must not look like a bucket that does not answer.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rereadTimeout)
+	defer cancel()
+	doc, err := s.document(ctx, k, true)
+	if err == nil || !errors.Is(err, errBucket) {
+		return doc, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.mu.doc == nil || boottime.Now()-k.mu.readAt > trustDocument {
+		return nil, err
+	}
+	return k.mu.doc, nil
 }
 
 // leaseOutcome is what a check's error, or none, means for leases.
@@ -40,34 +74,78 @@ func leaseOutcome(err error) lease.Outcome {
 	if err == nil {
 		return lease.OK
 	}
-	if o, _ := outcomeOf(err); o == Denied {
+	switch outcome, _ := outcomeOf(err); outcome {
+	case Denied:
 		return lease.Denied
+	case Unreachable:
+		return lease.Unreachable
 	}
-	return lease.Unreachable
+	return lease.Unknown
 }
 
 // applyCheck is where a denial takes effect: no lease and no KEK of the key is there
 // after it.
 func (s *Server) applyCheck(ctx context.Context, k *keyState, began lease.Instant, outcome lease.Outcome, cause error) error {
 	k.noteCheck(cause)
-	s.mu.Lock()
-	ended := s.mu.machine.CheckResult(began, boottime.Now(), k.id.String(), outcome)
-	delete(s.mu.refused, k.id)
-	s.mu.Unlock()
+	var ended []lease.Lease
+	s.withMachine(func(m *lease.Machine) {
+		ended = m.CheckResult(began, boottime.Now(), k.id.String(), outcome)
+		delete(s.mu.refused, k.id)
+	})
 	if outcome != lease.Denied {
 		return nil
 	}
+	return s.revoked(ctx, k, causeDenied, ended)
+}
+
+// adopt takes a key's document as it is now: with its grace, and its hold, which takes effect
+// here. It gives the newest document that was read.
+func (s *Server) adopt(ctx context.Context, k *keyState, doc *document) (*document, error) {
+	doc, ended, held := s.enforce(k, doc)
+	if !held {
+		return doc, nil
+	}
+	return doc, s.revoked(ctx, k, causeHeld, ended)
+}
+
+// enforce tells whether the key is held from now on, and which leases that ended.
+func (s *Server) enforce(k *keyState, doc *document) (_ *document, ended []lease.Lease, held bool) {
+	k.adopting.Lock()
+	defer k.adopting.Unlock()
+	doc = k.take(doc)
+	name := k.id.String()
+	s.withMachine(func(m *lease.Machine) {
+		now := boottime.Now()
+		m.SetGrace(now, name, time.Duration(doc.graceMS(s.cfg.Grace.Milliseconds()))*time.Millisecond)
+		switch {
+		case doc.Hold != nil && !m.Held(name):
+			held = true
+			ended = m.Hold(now, name)
+			delete(s.mu.refused, k.id)
+		case doc.Hold == nil && m.Held(name):
+			m.Release(now, name)
+		}
+	})
+	return doc, ended, held
+}
+
+// revoked finishes a revocation whose leases the machine has ended.
+func (s *Server) revoked(ctx context.Context, k *keyState, cause string, ended []lease.Lease) error {
+	wiped := k.wipe()
+	if len(ended) > 0 {
+		s.receipts.open(k, cause, ended, true)
+		s.cfg.Logger.Warn("the key is revoked: its leases are ended and its keys forgotten", "key", k.id, "cause", cause, "leases", len(ended))
+	}
 	var events []Event
 	for _, l := range ended {
-		events = append(events, k.id.event(Event{Event: "lease.revoked", Outcome: "denied", Node: l.Node, Lease: l.ID}))
+		events = append(events, k.id.event(Event{Event: "lease.revoked", Outcome: cause, Node: l.Node, Lease: l.ID}))
 	}
-	if k.wipe() {
-		events = append(events, k.id.event(Event{Event: "kek.forgotten", Outcome: "denied"}))
+	if wiped {
+		events = append(events, k.id.event(Event{Event: "kek.forgotten", Outcome: cause}))
 	}
 	if len(events) == 0 {
 		return nil
 	}
-	s.cfg.Logger.Warn("the KMS denies the key: its leases are ended and its keys forgotten", "key", k.id, "leases", len(ended))
 	return s.audit.append(context.WithoutCancel(ctx), events...)
 }
 
@@ -147,6 +225,9 @@ func (s *Server) getKEK(ctx context.Context, k *keyState, version uint32) (*seal
 	}
 	if err != nil {
 		return nil, err
+	}
+	if doc.Hold != nil {
+		return nil, refusal(lease.Held, "%s: its key is held back", k.id.words())
 	}
 	began := boottime.Now()
 	kek, err := s.unwrapKEK(ctx, k, doc, version)

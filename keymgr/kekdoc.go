@@ -19,12 +19,14 @@ import (
 // Format 1 had neither branches nor a CMK for each KEK. It is read, and becomes format 2 at
 // the next write.
 type document struct {
-	Format  int          `json:"format"`
-	Project string       `json:"project"`
-	Branch  string       `json:"branch,omitempty"`
-	CMK     string       `json:"cmk"`     // wraps new versions of the KEK
-	Current uint32       `json:"current"` // the version of the KEK that wraps new DEKs
-	KEKs    []kekVersion `json:"keks"`
+	Format  int    `json:"format"`
+	Project string `json:"project"`
+	// Revision is one more with each update, so that what was read late is known to be old.
+	Revision uint64       `json:"revision,omitempty"`
+	Branch   string       `json:"branch,omitempty"`
+	CMK      string       `json:"cmk"`     // wraps new versions of the KEK
+	Current  uint32       `json:"current"` // the version of the KEK that wraps new DEKs
+	KEKs     []kekVersion `json:"keks"`
 	// Hold, if there, keeps the key from being used whatever the KMS says.
 	Hold *hold `json:"hold,omitempty"`
 	// GraceMS is for how long the key may be used after the KMS stopped answering; nil: the default.
@@ -64,6 +66,9 @@ const (
 	maxDocument       = 1 << 20
 	maxUpdates        = 20 // lost races, or failed writes, of one update
 )
+
+// errBucket says nothing of the document that was to be read.
+var errBucket = errors.New("the bucket does not answer")
 
 func (d *document) id() keyID { return keyID{d.Project, d.Branch} }
 
@@ -178,6 +183,9 @@ func loadDocument(ctx context.Context, store blob.Store, id keyID) (*document, e
 
 func readDocument(ctx context.Context, store blob.Store, id keyID) (*document, []byte, blob.ETag, error) {
 	data, etag, err := store.Get(ctx, id.document())
+	if err != nil && !errors.Is(err, blob.ErrNotFound) {
+		err = fmt.Errorf("%w: %w", errBucket, err)
+	}
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("keys of %s: %w", id.words(), err)
 	}
@@ -217,11 +225,12 @@ func updateDocument(ctx context.Context, store blob.Store, id keyID, change func
 			return nil, err
 		}
 		after, err := d.marshal()
-		if err != nil {
-			return nil, err
-		}
-		if bytes.Equal(before, after) {
+		if err == nil && bytes.Equal(before, after) {
 			return d, nil
+		}
+		d.Revision++
+		if after, err = d.marshal(); err != nil {
+			return nil, err
 		}
 		if _, err = store.Swap(ctx, id.document(), after, etag); err == nil { // the commit point
 			return d, nil

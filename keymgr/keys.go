@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/holdfastdb/holdfast/internal/blob"
+	"github.com/holdfastdb/holdfast/internal/boottime"
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
@@ -16,11 +18,14 @@ type keyState struct {
 	// checking is held, as a channel of one place, by who calls the KMS for the key: one
 	// call at a time, whose answer serves all who wait.
 	checking chan struct{}
+	// adopting is held from taking a document until its hold, or its end, is in force.
+	adopting sync.Mutex
 
 	mu struct {
 		sync.Mutex
-		doc  *document // as it was read last; never altered
-		keks map[uint32]*seal.KEK
+		doc    *document // as it was read last; never altered
+		readAt time.Duration
+		keks   map[uint32]*seal.KEK
 		// wipes counts calls of wipe: a KEK that was asked for before one is not kept after.
 		wipes uint64
 		// What the last check said, for KeyStatus.
@@ -87,11 +92,16 @@ func (k *keyState) known() *document {
 	return k.mu.doc
 }
 
-// take remembers the document as the bucket has it now.
-func (k *keyState) take(doc *document) {
+// take remembers the document as the bucket has it now, and gives the newest that was read:
+// answers of the bucket may come out of order. The caller holds adopting.
+func (k *keyState) take(doc *document) *document {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mu.doc = doc
+	if have := k.mu.doc; have != nil && have.Revision > doc.Revision {
+		return have
+	}
+	k.mu.doc, k.mu.readAt = doc, boottime.Now()
+	return doc
 }
 
 // document gives the key as the bucket has it, and reads it again if asked.
@@ -114,17 +124,17 @@ func (s *Server) document(ctx context.Context, k *keyState, again bool) (*docume
 			return nil, fmt.Errorf("listing %s among the keys: %w", k.id.words(), err)
 		}
 	}
-	k.take(doc)
-	return doc, nil
+	return s.adopt(ctx, k, doc)
 }
 
-// update changes the key's document (see updateDocument) and takes it as what is known.
+// update changes the key's document (see updateDocument) and takes it as what is known. A hold
+// that is in it takes effect.
 func (s *Server) update(ctx context.Context, k *keyState, change func(*document) error) (*document, error) {
 	doc, err := updateDocument(ctx, s.cfg.BlobStore, k.id, change)
-	if err == nil {
-		k.take(doc)
+	if err != nil {
+		return nil, err
 	}
-	return doc, err
+	return s.adopt(ctx, k, doc)
 }
 
 // key is the in-memory state of a key.

@@ -3,6 +3,7 @@ package keymgr
 import (
 	"context"
 	"crypto/ed25519"
+	"time"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/boottime"
@@ -53,10 +54,9 @@ func (s *Server) decide(ctx context.Context, id keyID, req *pb.LeaseRequest) (le
 		return lease.Decision{}, err
 	}
 	a := lease.Ask{Key: id.String(), Node: req.Node, ID: req.LeaseId, NewID: newLeaseID(), Branch: req.Branch, PublicKey: string(req.PublicKey)}
-	ask := func() lease.Decision {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.mu.machine.Request(boottime.Now(), a)
+	ask := func() (d lease.Decision) {
+		s.withMachine(func(m *lease.Machine) { d = m.Request(boottime.Now(), a) })
+		return d
 	}
 	d := ask()
 	if d.Kind != lease.Check {
@@ -86,17 +86,30 @@ func (s *Server) refuse(ctx context.Context, id keyID, node string, why lease.Ou
 	told := nodes[node]
 	nodes[node] = true
 	s.mu.Unlock()
-	outcome := "unreachable"
-	if why == lease.Denied {
-		outcome = "denied"
-	}
 	if !told {
-		if err := s.audit.append(ctx, id.event(Event{Event: "lease.refused", Outcome: outcome, Node: node})); err != nil {
+		if err := s.audit.append(ctx, id.event(Event{Event: "lease.refused", Outcome: whyWords(why), Node: node})); err != nil {
 			return s.callError(err)
 		}
 	}
 	k := s.key(id)
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if why == lease.Held && k.mu.doc != nil && k.mu.doc.Hold != nil {
+		return refusal(why, "%s: its key is held back since %s (%s): holdfast key resume ends that", id.words(),
+			time.UnixMilli(k.mu.doc.Hold.SinceUnixMS).UTC().Format(time.RFC3339), k.mu.doc.Hold.Reason)
+	}
 	return refusal(why, "%s: its key cannot be used: %s", id.words(), k.mu.lastError)
+}
+
+// whyWords is a refusal's reason in the audit log.
+func whyWords(why lease.Outcome) string {
+	switch why {
+	case lease.Denied:
+		return causeDenied
+	case lease.Held:
+		return causeHeld
+	case lease.Unknown:
+		return Unknown.String()
+	}
+	return causeUnreachable
 }

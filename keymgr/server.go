@@ -26,8 +26,11 @@ type Config struct {
 	// data is sealed from then on (K3).
 	CMKs          []string
 	CheckInterval time.Duration // how old the last good check of a CMK may be; 0: 5 s
-	LeaseTTL      time.Duration // how long a node may hold DEKs unrenewed; 0: 10 s
-	Logger        *slog.Logger  // nil: none
+	LeaseTTL      time.Duration // how long a node may hold DEKs unrenewed; 0: 8 s
+	// Grace is for how long keys without a grace of their own may be used after their KMS stopped
+	// answering; nil: 10 minutes.
+	Grace  *time.Duration
+	Logger *slog.Logger // nil: none
 }
 
 func (c *Config) ensureDefaults() {
@@ -35,7 +38,11 @@ func (c *Config) ensureDefaults() {
 		c.CheckInterval = 5 * time.Second
 	}
 	if c.LeaseTTL == 0 {
-		c.LeaseTTL = 10 * time.Second
+		c.LeaseTTL = 8 * time.Second
+	}
+	if c.Grace == nil {
+		grace := 10 * time.Minute
+		c.Grace = &grace
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -46,8 +53,8 @@ func (c *Config) validate() error {
 	if c.Dir == "" || c.BlobStore == nil || c.Provider == nil {
 		return errors.New("key manager: want a folder, a bucket and a KMS")
 	}
-	if c.CheckInterval < 0 || c.LeaseTTL < 0 {
-		return fmt.Errorf("key manager: check interval %v and lease time %v cannot be negative", c.CheckInterval, c.LeaseTTL)
+	if c.CheckInterval < 0 || c.LeaseTTL < 0 || *c.Grace < 0 {
+		return fmt.Errorf("key manager: check interval %v, lease time %v and grace %v cannot be negative", c.CheckInterval, c.LeaseTTL, *c.Grace)
 	}
 	return nil
 }
@@ -57,6 +64,8 @@ const (
 	providerTimeout = 4 * time.Second
 	// callTimeout bounds a call of this service whose caller set no earlier bound.
 	callTimeout = 15 * time.Second
+	// closeTimeout bounds the keeping of receipts when the server is closed.
+	closeTimeout = 2 * time.Second
 	// maxBatch bounds the DEKs in one call.
 	maxBatch = 1024
 	// maxNode bounds the name of a node, in bytes.
@@ -70,6 +79,10 @@ type Server struct {
 	cfg      Config
 	audit    *auditLog
 	resolver *resolver
+	watchers *watchers
+	receipts *receiptBook
+	services *serviceSlots
+	began    time.Time
 	stop     context.CancelFunc
 	ctx      context.Context // ends with Close
 	wg       sync.WaitGroup
@@ -79,11 +92,13 @@ type Server struct {
 
 	mu struct {
 		sync.Mutex
-		machine *lease.Machine
+		machine *lease.Machine // reached by withMachine
 		keys    map[keyID]*keyState
 		// refused holds who was told no since the key's last check, so that the audit log
 		// has it once.
 		refused map[keyID]map[string]bool
+		// checking holds the keys that tick is having checked.
+		checking map[string]bool
 	}
 }
 
@@ -102,19 +117,31 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, audit: audit, resolver: newResolver()}
+	s := &Server{cfg: cfg, audit: audit, resolver: newResolver(), watchers: newWatchers(), services: newServiceSlots(), began: time.Now()}
 	s.ctx, s.stop = context.WithCancel(context.Background())
-	s.mu.machine = lease.New(lease.Config{
-		CheckInterval: cfg.CheckInterval,
-		TTL:           cfg.LeaseTTL,
-		RetryGap:      min(cfg.CheckInterval/10, 500*time.Millisecond),
-		Idle:          cfg.LeaseTTL + cfg.CheckInterval,
-	})
+	s.receipts = newReceiptBook(s)
+	s.mu.machine = lease.New(cfg.times())
 	s.mu.keys = make(map[keyID]*keyState)
 	s.mu.refused = make(map[keyID]map[string]bool)
-	s.wg.Add(1)
+	s.mu.checking = make(map[string]bool)
+	s.wg.Add(2)
 	go s.tick()
+	go s.receipts.run()
 	return s, nil
+}
+
+// times are the lease machine's.
+func (c *Config) times() lease.Config {
+	return lease.Config{
+		CheckInterval: c.CheckInterval,
+		Lead:          c.CheckInterval / 5,
+		TTL:           c.LeaseTTL,
+		RetryGap:      min(c.CheckInterval/10, 500*time.Millisecond),
+		MaxRetryGap:   c.CheckInterval / 2,
+		Grace:         *c.Grace,
+		Idle:          c.LeaseTTL + c.CheckInterval,
+		Resume:        30 * time.Second,
+	}
 }
 
 // Close wipes all keys. Calls that are under way fail. Closing again does nothing.
@@ -131,13 +158,17 @@ func (s *Server) close() error {
 		k.wipe()
 	}
 	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	s.receipts.keepAll(ctx)
 	return s.audit.Close()
 }
 
-// tick removes leases that ran out and forgets keys that nobody uses.
+// tick lets time pass: leases run out, keys in use are checked before the last answer is old,
+// keys that nobody uses are forgotten.
 func (s *Server) tick() {
 	defer s.wg.Done()
-	every := time.NewTicker(max(min(s.cfg.LeaseTTL, s.cfg.CheckInterval)/2, 10*time.Millisecond))
+	every := time.NewTicker(max(min(s.cfg.LeaseTTL, s.cfg.CheckInterval)/20, 10*time.Millisecond))
 	defer every.Stop()
 	for {
 		select {
@@ -152,21 +183,25 @@ func (s *Server) tick() {
 }
 
 func (s *Server) tickOnce() error {
-	s.mu.Lock()
-	expired, forget, gone := s.mu.machine.Tick(boottime.Now())
+	var t lease.Ticked
 	var forgotten []keyID
-	for _, name := range forget {
-		if k := s.mu.keys[parseKeyID(name)]; k != nil && k.wipe() {
-			forgotten = append(forgotten, k.id)
+	s.withMachine(func(m *lease.Machine) {
+		t = m.Tick(boottime.Now())
+		for _, name := range t.Forget {
+			if k := s.mu.keys[parseKeyID(name)]; k != nil && k.wipe() {
+				forgotten = append(forgotten, k.id)
+			}
 		}
+		for _, name := range t.Gone {
+			delete(s.mu.keys, parseKeyID(name))
+			delete(s.mu.refused, parseKeyID(name))
+		}
+	})
+	for _, name := range t.Check {
+		s.startCheck(name)
 	}
-	for _, name := range gone {
-		delete(s.mu.keys, parseKeyID(name))
-		delete(s.mu.refused, parseKeyID(name))
-	}
-	s.mu.Unlock()
 	var events []Event
-	for _, l := range expired {
+	for _, l := range t.Expired {
 		events = append(events, parseKeyID(l.Key).event(Event{Event: "lease.expired", Outcome: "ok", Node: l.Node, Lease: l.ID}))
 	}
 	for _, id := range forgotten {

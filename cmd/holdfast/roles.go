@@ -131,7 +131,7 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 		return nil, err
 	}
 	srv, err := keymgr.New(keymgr.Config{Dir: cfg.Dir, BlobStore: store, Provider: provider, CMKs: cfg.CMKs,
-		CheckInterval: cfg.CheckInterval, LeaseTTL: cfg.LeaseTTL, Logger: log.With("role", "keymgr")})
+		CheckInterval: cfg.CheckInterval, LeaseTTL: cfg.LeaseTTL, Grace: cfg.Grace, Logger: log.With("role", "keymgr")})
 	if err != nil {
 		return nil, err
 	}

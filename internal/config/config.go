@@ -23,7 +23,32 @@ type Keymgr struct {
 	KMS           KMS           `yaml:"kms,omitempty"`  // the customers' services
 	CMKs          []string      `yaml:"cmks"`           // the only keys of the KMS that projects may have; empty: any
 	CheckInterval time.Duration `yaml:"check_interval"` // how often the CMK is tried; 0: 5s
-	LeaseTTL      time.Duration `yaml:"lease_ttl"`      // how long a node may hold DEKs unrenewed; 0: 10s
+	LeaseTTL      time.Duration `yaml:"lease_ttl"`      // how long a node may hold DEKs unrenewed; 0: 8s
+	// Grace is for how long keys without a grace of their own may be used after their KMS stopped
+	// answering; absent: 10m. 0s is no grace.
+	Grace *time.Duration `yaml:"grace,omitempty"`
+	Hook  *KeyHook       `yaml:"hook,omitempty"` // absent: none
+}
+
+// KeyHook is where the clouds' event services tell, over HTTP, that something was done to a key. A
+// notice is a hint: it has the key checked at once.
+type KeyHook struct {
+	Listen    string `yaml:"listen"`              // HOST:PORT, or unix:/path
+	TokenFile string `yaml:"token_file"`          // with the token that notices bear
+	CertFile  string `yaml:"cert_file,omitempty"` // TLS; may be absent on loopback and unix sockets only
+	KeyFile   string `yaml:"key_file,omitempty"`
+	CAFile    string `yaml:"ca_file,omitempty"` // authorities of clients' certificates, which are then wanted; empty: none
+}
+
+// Validate says what is missing or cannot be.
+func (h *KeyHook) Validate() error {
+	if (h.CertFile == "") != (h.KeyFile == "") {
+		return errors.New("hook: want both of cert_file and key_file, or neither")
+	}
+	if h.CAFile != "" && h.CertFile == "" {
+		return errors.New("hook: ca_file is for TLS: cert_file is missing")
+	}
+	return required(field{"hook.listen", h.Listen}, field{"hook.token_file", h.TokenFile})
 }
 
 // KMS says which key management services a key manager asks, by kind; nil: not that one.
@@ -180,6 +205,14 @@ func required(fields ...field) error {
 func (c *Keymgr) Validate() error {
 	if c.CheckInterval < 0 || c.LeaseTTL < 0 {
 		return errors.New("check_interval and lease_ttl cannot be negative")
+	}
+	if c.Grace != nil && *c.Grace < 0 {
+		return errors.New("grace cannot be negative")
+	}
+	if c.Hook != nil {
+		if err := c.Hook.Validate(); err != nil {
+			return err
+		}
 	}
 	if c.LocalKMS == "" && !c.KMS.Any() {
 		return errors.New("kms is missing: want a service to ask, such as aws, or local_kms, the development KMS's file")

@@ -9,7 +9,7 @@ import (
 
 const s = time.Second
 
-var cfg = Config{CheckInterval: 5 * s, TTL: 10 * s, RetryGap: s / 2, Idle: 20 * s}
+var cfg = Config{CheckInterval: 5 * s, Lead: s, TTL: 10 * s, RetryGap: s / 2, MaxRetryGap: 5 * s / 2, Idle: 20 * s, Resume: 30 * s}
 
 func ask(key, node, id, newID string) Ask { return Ask{Key: key, Node: node, ID: id, NewID: newID} }
 
@@ -91,8 +91,8 @@ func TestResultsOutOfOrder(t *testing.T) {
 	m := New(cfg)
 	m.CheckResult(2*s, 3*s, "p", Denied)
 	m.CheckResult(s, 4*s, "p", OK) // began before the denied one
-	if outcome, _ := m.State(4*s, "p"); outcome != Denied {
-		t.Errorf("an older answer replaced a newer one: %v", outcome)
+	if st := m.Status(4*s, "p"); st.State != Revoked {
+		t.Errorf("an older answer replaced a newer one: %v", st)
 	}
 }
 
@@ -100,22 +100,16 @@ func TestTickForgetsWhatIsIdle(t *testing.T) {
 	m := New(cfg)
 	m.CheckResult(0, 0, "p", OK)
 	m.Request(0, ask("p", "n", "", "l1"))
-	expired, forget, gone := m.Tick(9 * s)
-	want(t, "nothing yet", len(expired)+len(forget)+len(gone), 0)
-	expired, _, _ = m.Tick(10 * s)
-	want(t, "expired", expired, []Lease{{ID: "l1", Key: "p", Node: "n", End: 10 * s}})
-	_, forget, gone = m.Tick(20 * s)
-	want(t, "forgotten", forget, []string{"p"})
-	want(t, "gone", gone, []string{"p"})
-	_, forget, gone = m.Tick(21 * s)
-	want(t, "named once", len(forget)+len(gone), 0)
+	want(t, "nothing yet", m.Tick(9*s), Ticked{Check: []string{"p"}})
+	want(t, "expired", m.Tick(10*s).Expired, []Lease{{ID: "l1", Key: "p", Node: "n", End: 10 * s}})
+	want(t, "forgotten", m.Tick(20*s), Ticked{Forget: []string{"p"}, Gone: []string{"p"}})
+	want(t, "named once", m.Tick(21*s), Ticked{})
 }
 
 func TestTickLeavesAFirstCheckAlone(t *testing.T) {
 	m := New(cfg)
 	m.Request(100*s, ask("p", "n", "", "l1")) // says Check; meanwhile:
-	_, forget, gone := m.Tick(101 * s)
-	want(t, "named", len(forget)+len(gone), 0)
+	want(t, "named", m.Tick(101*s), Ticked{})
 }
 
 func TestKEKsAreForgottenWhileNodesKeepAsking(t *testing.T) {
@@ -126,13 +120,147 @@ func TestKEKsAreForgottenWhileNodesKeepAsking(t *testing.T) {
 	var forgotten int
 	for now := 6 * s; now < 60*s; now += s {
 		m.Request(now, ask("p", "n", "l1", "l2"))
-		_, forget, gone := m.Tick(now)
-		forgotten += len(forget)
-		want(t, "gone while it is asked for", len(gone), 0)
+		ticked := m.Tick(now)
+		forgotten += len(ticked.Forget)
+		want(t, "gone while it is asked for", len(ticked.Gone), 0)
 	}
 	want(t, "times forgotten", forgotten, 1)
 	m.CheckResult(60*s, 60*s, "p", OK)
 	if d := m.Request(60*s, ask("p", "n", "l1", "l3")); d.Kind != Grant {
 		t.Errorf("reachable again: %+v", d)
 	}
+}
+
+func TestGraceBridgesSilenceOnly(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		answers []Outcome // one a second, after a good one at 0
+		want    Decision  // at 8 s, of a renewal
+	}{
+		{"silence", []Outcome{Unreachable, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable}, Decision{Kind: Grant, Lease: "l1", TTL: cfg.TTL}},
+		{"an answer that says nothing", []Outcome{Unreachable, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable, Unknown}, Decision{Kind: Refuse, Why: Unknown}},
+		{"such an answer, then silence", []Outcome{Unreachable, Unknown, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable}, Decision{Kind: Refuse, Why: Unreachable}},
+		{"denied, then silence", []Outcome{Denied, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable, Unreachable}, Decision{Kind: Refuse, Why: Denied}},
+	} {
+		m := New(cfg)
+		m.SetGrace(0, "p", 60*s)
+		m.CheckResult(0, 0, "p", OK)
+		m.Request(0, ask("p", "n", "", "l1"))
+		for i, outcome := range tc.answers {
+			at := Instant(i+1) * s
+			m.CheckResult(at, at, "p", outcome)
+		}
+		want(t, tc.name, m.Request(7*s+s/4, ask("p", "n", "l1", "l2")), tc.want)
+	}
+}
+
+func TestGraceEnds(t *testing.T) {
+	m := New(cfg)
+	m.SetGrace(0, "p", 20*s)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, ask("p", "n", "", "l1"))
+	for now := 2 * s; now < 20*s; now += 2 * s {
+		m.CheckResult(now, now, "p", Unreachable)
+		if d := m.Request(now, ask("p", "n", "l1", "l2")); d.Kind != Grant || d.New {
+			t.Fatalf("at %v, in grace: %+v", now, d)
+		}
+	}
+	want(t, "in grace", m.Status(19*s, "p"), Status{State: Grace, Since: 6 * s, Until: 20 * s, Stale: true})
+	m.CheckResult(20*s, 20*s, "p", Unreachable)
+	want(t, "past it", m.Request(20*s, ask("p", "n", "l1", "l2")), Decision{Kind: Refuse, Why: Unreachable})
+	want(t, "state", m.Status(20*s, "p"), Status{State: StateUnreachable, Since: 20 * s, Why: Unreachable})
+	if l := m.Leases(20*s, "p"); len(l) != 1 || l[0].End != 28*s {
+		t.Errorf("leases %+v: they run out, at the latest a lease's time after the grace", l)
+	}
+	m.Tick(28 * s)
+	m.CheckResult(29*s, 29*s, "p", OK)
+	want(t, "back", m.Status(29*s, "p").State, Resuming)
+	m.Request(29*s, ask("p", "n", "l1", "l2"))
+	want(t, "leased again", m.Status(29*s, "p"), Status{State: Active, Since: 29 * s})
+}
+
+// In grace the KMS must have been tried lately: it may be back, and deny.
+func TestGraceNeedsAttempts(t *testing.T) {
+	m := New(cfg)
+	m.SetGrace(0, "p", 60*s)
+	m.CheckResult(0, 0, "p", OK)
+	m.CheckResult(s, 5*s, "p", Unreachable)
+	want(t, "tried lately", m.Request(10*s, ask("p", "n", "", "l1")).Kind, Grant)
+	want(t, "not tried lately", m.Request(10*s+1, ask("p", "n", "", "l1")).Kind, Check)
+}
+
+func TestNoGraceWithoutAGoodCheck(t *testing.T) {
+	m := New(cfg)
+	m.SetGrace(0, "p", 60*s)
+	m.CheckResult(s, s, "p", Unreachable)
+	want(t, "never good", m.Request(s, ask("p", "n", "", "l1")), Decision{Kind: Refuse, Why: Unreachable})
+}
+
+func TestHoldIsStrongerThanTheKMS(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, ask("p", "n", "", "l1"))
+	want(t, "ended", m.Hold(s, "p"), []Lease{{ID: "l1", Key: "p", Node: "n", End: cfg.TTL}})
+	m.CheckResult(2*s, 2*s, "p", OK)
+	want(t, "held", m.Request(2*s, ask("p", "n", "l1", "l2")), Decision{Kind: Refuse, Why: Held})
+	want(t, "state", m.Status(2*s, "p"), Status{State: Revoked, Since: s, Why: Held})
+	if m.Due(60*s, "p") {
+		t.Error("a held key need not be checked")
+	}
+	m.Release(3*s, "p")
+	want(t, "released, not checked", m.Request(3*s, ask("p", "n", "", "l2")).Kind, Check)
+	want(t, "state", m.Status(3*s, "p").State, Revoked)
+	m.CheckResult(3*s, 4*s, "p", OK)
+	want(t, "checked", m.Request(4*s, ask("p", "n", "", "l2")).Kind, Grant)
+}
+
+func TestKeysWithLeasesAreCheckedBeforeTheAnswerIsOld(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.CheckResult(0, 0, "idle", OK)
+	m.Request(0, ask("p", "n", "", "l1"))
+	want(t, "early", m.Tick(4*s-1).Check, []string(nil))
+	want(t, "due", m.Tick(4*s).Check, []string{"p"})
+}
+
+func TestRefusedKeysAreCheckedEverLess(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", Denied)
+	var gaps []time.Duration
+	last := Instant(0)
+	for now := Instant(0); len(gaps) < 5; now += s / 10 {
+		m.Request(now, ask("p", "n", "", "l"))
+		if m.Due(now, "p") {
+			m.CheckResult(now, now, "p", Denied)
+			gaps = append(gaps, now-last)
+			last = now
+		}
+	}
+	want(t, "gaps", gaps, []time.Duration{s / 2, s, 2 * s, 5 * s / 2, 5 * s / 2})
+}
+
+func TestChangesAreToldOnce(t *testing.T) {
+	m := New(cfg)
+	states := func() (got []State) {
+		for _, c := range m.Changes() {
+			got = append(got, c.State)
+		}
+		return got
+	}
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, ask("p", "n", "", "l1"))
+	m.CheckResult(s, s, "p", OK)
+	want(t, "active", states(), []State{Active})
+	m.CheckResult(2*s, 2*s, "p", Denied)
+	m.CheckResult(3*s, 3*s, "p", Denied)
+	want(t, "revoked", states(), []State{Revoked})
+	m.CheckResult(4*s, 4*s, "p", OK)
+	m.Request(4*s, ask("p", "n", "", "l2"))
+	want(t, "back", states(), []State{Resuming, Active})
+	m.CheckResult(5*s, 5*s, "p", OK)
+	m.CheckResult(6*s, 6*s, "p", Denied)
+	m.CheckResult(7*s, 7*s, "p", OK)
+	m.Changes()
+	m.Tick(7*s + cfg.Resume)
+	want(t, "a node that does not come back", states(), []State{Active})
 }
