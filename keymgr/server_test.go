@@ -470,7 +470,10 @@ func TestSwappedCMKIsRefused(t *testing.T) {
 	wantCode(t, "a project under another CMK", err, codes.PermissionDenied, 0)
 	f.mustLease("p1")
 	put(forged) // under a key manager that runs: noticed at the next check
-	f.eventually("refusal", func() bool { _, err = f.lease("p1", ""); return err != nil && strings.Contains(err.Error(), "theirs") })
+	f.eventually("refusal", func() bool {
+		_, err = f.lease("p1", "")
+		return status.Code(err) == codes.PermissionDenied && strings.Contains(err.Error(), "theirs")
+	})
 	wantCode(t, "the CMK was swapped", err, codes.PermissionDenied, 0)
 	put(ours)
 	f.mustLease("p1")
