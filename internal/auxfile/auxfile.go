@@ -2,9 +2,11 @@
 // log, in its place among the WAL: as a logical message (pg_logical_emit_message) that the
 // compute has its Postgres write before the file's new content shows.
 //
-// Any user may write such messages. So the message is a sealed file, under a DEK that only
-// who holds a lease on the project can make: what does not open is somebody else's message
-// and means nothing.
+// Any user may write such messages, and copy those that are there. So a compute begins its WAL,
+// before Postgres runs, with a message that holds a key of its own (Life), sealed under a DEK that
+// only who holds a lease on the project can make. Its later messages are sealed under that key, with
+// numbers that rise: who reads them in order tells what is forged or written again without
+// asking anybody.
 //
 // What is sealed is one Change after another:
 //
@@ -25,8 +27,11 @@ import (
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
-// Prefix is the logical messages' prefix.
-const Prefix = "holdfast.aux"
+// Prefixes of logical messages: those with changes, and the one with a life's key.
+const (
+	Prefix    = "holdfast.aux"
+	KeyPrefix = "holdfast.auxkey"
+)
 
 // Bounds of a message. A record takes its sealed content whole.
 const (
@@ -168,14 +173,28 @@ type Generator interface {
 	Generate(ctx context.Context, c seal.Context) (key *seal.Key, wrapped []byte, err error)
 }
 
-// Seal makes a message's content.
+// Seal makes a message's content in the old form, a sealed file with a DEK of its own. Computes of
+// older versions wrote it; today's messages are a Life's.
 func Seal(ctx context.Context, keys Generator, project, branch string, changes []Change) ([]byte, error) {
-	plain := marshalChanges(changes)
+	plain, err := marshalBounded(changes)
 	defer clear(plain)
+	if err != nil {
+		return nil, err
+	}
+	return sealFile(ctx, keys, sealContext(project, branch), plain)
+}
+
+func marshalBounded(changes []Change) ([]byte, error) {
+	plain := marshalChanges(changes)
 	if len(plain) > MaxContent {
+		clear(plain)
 		return nil, fmt.Errorf("file %s has %d bytes; the most that the log carries at once is %d", changes[len(changes)-1].Path, len(plain), MaxContent)
 	}
-	sc := sealContext(project, branch)
+	return plain, nil
+}
+
+// sealFile seals plain as a file with a DEK of its own.
+func sealFile(ctx context.Context, keys Generator, sc seal.Context, plain []byte) ([]byte, error) {
 	key, wrapped, err := keys.Generate(ctx, sc)
 	if err != nil {
 		return nil, err
@@ -198,10 +217,18 @@ func Seal(ctx context.Context, keys Generator, project, branch string, changes [
 // ErrUnreadable is a message that opened, so that it is the compute's, and makes no sense.
 var ErrUnreadable = errors.New("a message of aux files was opened and cannot be read")
 
-// Open gives what a message says. An error that is seal.ErrDamaged means that the message is somebody
+// Open gives what a message of the old form says. An error that is seal.ErrDamaged means that the message is somebody
 // else's; ErrUnreadable, that it is not; any other says nothing of it.
 func Open(ctx context.Context, open seal.OpenFunc, project, branch string, message []byte) ([]Change, error) {
-	r, err := seal.NewReader(ctx, bytes.NewReader(message), int64(len(message)), sealContext(project, branch), open)
+	plain, err := openFile(ctx, open, sealContext(project, branch), message)
+	if err != nil {
+		return nil, err
+	}
+	return parseOpened(plain)
+}
+
+func openFile(ctx context.Context, open seal.OpenFunc, sc seal.Context, sealed []byte) ([]byte, error) {
+	r, err := seal.NewReader(ctx, bytes.NewReader(sealed), int64(len(sealed)), sc, open)
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +236,10 @@ func Open(ctx context.Context, open seal.OpenFunc, project, branch string, messa
 	if _, err := r.ReadAt(plain, 0); err != nil && err != io.EOF {
 		return nil, err
 	}
+	return plain, nil
+}
+
+func parseOpened(plain []byte) ([]Change, error) {
 	changes, err := parseChanges(plain)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
@@ -225,14 +256,18 @@ const (
 
 // Message gives the sealed content of a logical message's data, and whether it has our
 // prefix at all.
-func Message(data []byte) (sealed []byte, ok bool) {
-	const want = Prefix + "\x00"
+func Message(data []byte) (sealed []byte, ok bool) { return content(data, Prefix+"\x00") }
+
+// KeyMessage is Message for a life's key.
+func KeyMessage(data []byte) (sealed []byte, ok bool) { return content(data, KeyPrefix+"\x00") }
+
+func content(data []byte, want string) (sealed []byte, ok bool) {
 	if len(data) < atText {
 		return nil, false
 	}
 	prefix, size := binary.LittleEndian.Uint64(data[atPrefixSize:]), binary.LittleEndian.Uint64(data[atMessageSize:])
 	text := data[atText:]
-	if prefix != uint64(len(want)) || !bytes.HasPrefix(text, []byte(want)) || size != uint64(len(text)-len(want)) {
+	if prefix != uint64(len(want)) || len(text) < len(want) || string(text[:len(want)]) != want || size != uint64(len(text)-len(want)) {
 		return nil, false
 	}
 	return text[len(want):], true
@@ -240,10 +275,15 @@ func Message(data []byte) (sealed []byte, ok bool) {
 
 // Record is the data of a logical message that no Postgres writes: of no database and no
 // transaction, so that nobody who decodes the log is shown it.
-func Record(sealed []byte) []byte {
-	const prefix = Prefix + "\x00"
-	b := make([]byte, atText, atText+len(prefix)+len(sealed))
-	binary.LittleEndian.PutUint64(b[atPrefixSize:], uint64(len(prefix)))
+func Record(sealed []byte) []byte { return record(Prefix, sealed) }
+
+// KeyRecord is Record for a life's key.
+func KeyRecord(sealed []byte) []byte { return record(KeyPrefix, sealed) }
+
+func record(prefix string, sealed []byte) []byte {
+	b := make([]byte, atText, atText+len(prefix)+1+len(sealed))
+	binary.LittleEndian.PutUint64(b[atPrefixSize:], uint64(len(prefix)+1))
 	binary.LittleEndian.PutUint64(b[atMessageSize:], uint64(len(sealed)))
-	return append(append(b, prefix...), sealed...)
+	b = append(b, prefix...)
+	return append(append(b, 0), sealed...)
 }

@@ -38,6 +38,7 @@ type options struct {
 	only        *regexp.Regexp
 	noHoldfast  bool
 	profile     bool
+	keep        bool
 	cacheBytes  int64
 	sharedBufMB int
 }
@@ -53,6 +54,7 @@ func parseOptions() (options, error) {
 	flag.StringVar(&only, "only", "", "a regular expression of the measurements to make: tpcb select commit copy start getpage ingest replay roles code")
 	flag.BoolVar(&o.noHoldfast, "stock-only", false, "measure the stock set-ups only")
 	flag.BoolVar(&o.profile, "profile", false, "keep CPU profiles of Holdfast's processes and print what is on top")
+	flag.BoolVar(&o.keep, "keep", false, "leave the folders, to repeat a part of a replay: bench replay-part ingest FOLDER/replay PROFILE")
 	flag.Int64Var(&o.cacheBytes, "cache-bytes", 0, "the endpoint's local store (0: the default)")
 	flag.IntVar(&o.sharedBufMB, "shared-buffers", 128, "shared_buffers of every server, in MB")
 	flag.Parse()
@@ -274,6 +276,10 @@ func (b *bench) close() error {
 	}
 	for i := len(b.stock) - 1; i >= 0; i-- {
 		errs = append(errs, b.stock[i].Kill())
+	}
+	if b.keep {
+		b.progress("left: %s", b.dir)
+		return errors.Join(errs...)
 	}
 	return errors.Join(append(errs, proc.RemoveAll(b.dir))...)
 }
