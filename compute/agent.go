@@ -64,6 +64,7 @@ type agent struct {
 	writer   *wal.Writer
 	history  *history.History // nil: nobody needs WAL of before the start
 	aux      auxKeeper
+	auxLife  *auxfile.Life // under aux's lock
 	fs       *pgfs.FS
 	postgres *postgres
 	serving  atomic.Pointer[postgres] // postgres, for the mount
@@ -86,8 +87,8 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	hardening.Apply(cfg.Logger)
 	a := &agent{cfg: cfg, log: cfg.Logger, last: time.Now()}
-	a.aux.seal = func(ctx context.Context, changes []auxfile.Change) ([]byte, error) {
-		return auxfile.Seal(ctx, a.ring, cfg.Project, cfg.Branch, changes)
+	a.aux.seal = func(_ context.Context, changes []auxfile.Change) ([]byte, error) {
+		return a.auxLife.Seal(changes)
 	}
 	a.aux.emit = func(ctx context.Context, message []byte) error {
 		if p := a.serving.Load(); p != nil {
@@ -231,7 +232,14 @@ func (a *agent) readState(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	in := boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Reset: a.cfg.ResetSettings, Now: time.Now()}
+	// The first WAL of the epoch tells the key of this life's messages: before Postgres runs, so
+	// that no user can tell another.
+	life, key, err := auxfile.NewLife(ctx, a.ring, a.cfg.Project, a.cfg.Branch, a.epoch.Number)
+	if err != nil {
+		return err
+	}
+	a.auxLife = life
+	in := boot.Input{End: a.epoch.End, State: state, Settings: a.settings, Reset: a.cfg.ResetSettings, First: auxfile.KeyRecord(key), Now: time.Now()}
 	if oldest := boot.OldestNeeded(state); oldest != pg.InvalidLSN {
 		if in.Page, err = a.openHistory(ctx, oldest, state); err != nil {
 			return err

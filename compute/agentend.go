@@ -45,6 +45,9 @@ func (a *agent) end() error {
 	if a.history != nil {
 		a.history.Wipe()
 	}
+	if a.auxLife != nil {
+		a.auxLife.Wipe()
+	}
 	a.drop("WAL on its way to the safekeepers")
 	close(a.shredded)
 	if a.noShred != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"math"
-	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -17,27 +16,42 @@ import (
 	"github.com/holdfastdb/holdfast/pageserver/timeline"
 )
 
-// openAux gives what a logical message says about aux files. Any user may write such a
-// message: one that certainly does not open under the project's key is not the compute's, and is
+// openAux gives what a logical message of the old form says about aux files. Any user may write such
+// a message: one that certainly does not open under the project's key is not the compute's, and is
 // passed over. One that opens and cannot be read is damage. After any other error nothing is known
 // of the message, and ingest waits: passed over, the compute's would be lost for good.
 func (f *follower) openAux(ctx context.Context, sealed []byte) ([]auxfile.Change, error) {
 	changes, err := auxfile.Open(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, sealed)
+	return judgeAux(f, sealed, changes, err)
+}
+
+// openAuxKey gives the key of a life's messages, with which they are opened without a call.
+func (f *follower) openAuxKey(ctx context.Context, epoch uint64, sealed []byte) ([]byte, error) {
+	key, err := auxfile.OpenKey(ctx, f.b.srv.cfg.Ring.Open, f.b.name.project, f.b.name.branch, epoch, sealed)
+	return judgeAux(f, sealed, key, err)
+}
+
+func judgeAux[T any](f *follower, sealed []byte, opened []T, err error) ([]T, error) {
 	switch {
 	case err == nil:
-		f.b.messages.note(f.rec.LSN, f.tl.DurableLSN(), sealed)
-		f.slotsChange = f.slotsChange || slices.ContainsFunc(changes, func(c auxfile.Change) bool { return isSlot(c.Path) })
-		return changes, nil
+		f.b.messages.note(f.rec.LSN, f.tl.DurableLSN(), sealed) // of a key, too, until the state that holds it is in a layer
+		return opened, nil
 	case errors.Is(err, auxfile.ErrUnreadable):
 		return nil, err
 	case !errors.Is(err, seal.ErrDamaged) && !errors.Is(err, keyring.ErrRetired): // a version is retired only when no message needs it
 		return nil, asLookup(err)
 	}
-	if !f.auxRefused { // once, or users could fill the log; without the error, which may quote what they wrote (K1)
-		f.auxRefused = true
-		f.b.log.Warn("a logical message claims to carry a file, and does not open under the project's key; this and more of them are passed over")
-	}
+	f.tellForged()
 	return nil, nil
+}
+
+// tellForged logs it once, or users could fill the log; without an error, which may quote what
+// they wrote (K1).
+func (f *follower) tellForged() {
+	if !f.auxRefused {
+		f.auxRefused = true
+		f.b.log.Warn("a logical message claims to carry a file, and is not the compute's, or was written before; this and more of them are passed over")
+	}
 }
 
 func isSlot(file string) bool { return strings.HasPrefix(file, auxfile.Slots+"/") }

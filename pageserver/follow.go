@@ -89,8 +89,6 @@ type follower struct {
 	foreign int      // how many resource managers' records, that the log tells of
 	// auxRefused tells that a message of somebody else's was seen.
 	auxRefused bool
-	// slotsChange tells that a replication slot's file is among what is to be stored.
-	slotsChange bool
 }
 
 // ingest follows the WAL from where the timeline ends.
@@ -101,7 +99,8 @@ func (b *branch) ingest(ctx context.Context, tl *timeline.Timeline) error {
 	}
 	from := tl.LastLSN()
 	f := &follower{b: b, ctx: ctx, tl: tl, core: ingest.New(lookup{tl}, state, from)}
-	f.core.Aux = f.openAux
+	f.core.Aux, f.core.AuxKey = f.openAux, f.openAuxKey
+	f.core.Project, f.core.Branch = b.name.project, b.name.branch
 	err = b.source.Follow(ctx, from, f.take)
 	f.core.Wipe()
 	clear(f.plain[:cap(f.plain)])
@@ -146,6 +145,7 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 	}
 	state := f.core.State()
 	state.Epoch = max(state.Epoch, c.Epoch)
+	f.core.Epoch = c.Epoch
 	f.b.enter(state.Epoch)
 	switch {
 	case f.scanner == nil: // the timeline may end inside a chunk: the records before are skipped
@@ -231,19 +231,22 @@ func (f *follower) store() error {
 
 func (f *follower) put(upTo pg.LSN) error {
 	defer f.b.verify.begin()()
-	if f.slotsChange {
+	if f.core.SlotsChanged {
 		f.b.slotsChanged.Store(uint64(upTo)) // before it can be durable
 	}
 	if err := f.tl.Put(f.ctx, f.core.Take(upTo), upTo); err != nil {
 		return err
 	}
-	f.slotsChange = false
+	f.core.SlotsChanged = false
 	f.tell()
 	return f.b.verify.check(f.ctx, f.tl)
 }
 
 // tell logs what was ingested and will be missed.
 func (f *follower) tell() {
+	if f.core.Forged > 0 {
+		f.tellForged()
+	}
 	refused := f.core.Refused()
 	if slices.ContainsFunc(refused, func(oid pg.Oid) bool { return !slices.Contains(f.refused, oid) }) {
 		f.b.log.Error("a tablespace was created outside the data directory: what is in it cannot be read", "tablespaces", refused)

@@ -42,6 +42,8 @@ type Input struct {
 	// Page is what the log has between the start of End's page and End. It is needed where
 	// somebody reads the WAL before End (OldestNeeded); nil: zeros behind a header do.
 	Page []byte
+	// First is the main data of a logical message that goes before the checkpoint; nil: there is none.
+	First []byte
 	// Now is stamped on the checkpoint.
 	Now time.Time
 }
@@ -54,8 +56,8 @@ type File struct {
 
 // A Plan is how to start.
 type Plan struct {
-	// WAL is the fabricated checkpoint's place in the log, [Begin, End): page headers, the
-	// record at Checkpoint, padding. It has to be committed to the safekeepers first.
+	// WAL is what is fabricated, at its place in the log, [Begin, End): page headers, the message,
+	// the record at Checkpoint, padding. It has to be committed to the safekeepers first.
 	Begin, Checkpoint, End pg.LSN
 	WAL                    []byte
 	// Page is what stands in pg_wal between the start of Begin's page and Begin.
@@ -91,14 +93,16 @@ func Make(in Input) (*Plan, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
-	p := &Plan{Begin: in.End, Checkpoint: in.End.SkipPageHeader(), SystemID: control.SystemID}
-	if err := check(in, p.Checkpoint, control, cp); err != nil {
+	p := &Plan{Begin: in.End, SystemID: control.SystemID}
+	if err := check(in, in.End.SkipPageHeader(), control, cp); err != nil {
 		return nil, fmt.Errorf("start-up state at %v: %w", in.End, err)
 	}
+	at, prev := p.addFirst(in)
+	p.Checkpoint = at.SkipPageHeader()
 	fillCheckPoint(&cp, p.Checkpoint, in.Now)
 	fillControl(control, cp)
-	rec := walrec.BuildCheckpointRecord(p.Checkpoint, pg.LSN(in.State.PrevRecordLsn), cp)
-	p.WAL, p.End = walrec.PlaceRecord(p.Begin, rec, control.SystemID)
+	bytes, end := walrec.PlaceRecord(at, walrec.BuildCheckpointRecord(p.Checkpoint, prev, cp), control.SystemID)
+	p.WAL, p.End = append(p.WAL, bytes...), end
 	if p.Page = in.Page; p.Page == nil {
 		p.Page = pagePrefix(p.Begin, control.SystemID)
 	}
@@ -113,6 +117,17 @@ func Make(in Input) (*Plan, error) {
 	p.addWAL(control.SystemID)
 	p.Files = append(p.Files, File{Path: "global/pg_control", Data: control.Marshal()})
 	return p, nil
+}
+
+// addFirst lays the message into the log. It gives where that ends, and where the last record
+// before there begins.
+func (p *Plan) addFirst(in Input) (end, last pg.LSN) {
+	last = pg.LSN(in.State.PrevRecordLsn)
+	if in.First == nil {
+		return p.Begin, last
+	}
+	p.WAL, end = walrec.PlaceRecord(p.Begin, walrec.Build(walrec.RmLogicalMsg, 0, 0, last, in.First), p.SystemID)
+	return end, p.Begin.SkipPageHeader()
 }
 
 func check(in Input, x pg.LSN, control *pg.ControlFile, cp pg.CheckPoint) error {

@@ -3,6 +3,7 @@ package boot
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -39,50 +40,67 @@ var positions = []pg.LSN{0x5000100, 0x5002000, 0x6000000, 0x5003FE8, 0x5003FA0, 
 
 func TestMake(t *testing.T) {
 	for _, end := range positions {
-		plan, err := Make(Input{End: end, State: testState(end, end-0x80), Settings: testSettings(t, "127.0.0.1:5432", nil), Now: time.Unix(1e9, 0)})
-		if err != nil {
-			t.Fatalf("%v: %v", end, err)
+		for _, first := range [][]byte{nil, []byte("message"), make([]byte, 300), make([]byte, 2*pg.WALPageSize)} {
+			testMake(t, end, first)
 		}
-		sc := walrec.NewScanner(end)
-		sc.Feed(plan.WAL)
-		rec, ok, err := sc.Next()
-		if err != nil || !ok || rec.LSN != plan.Checkpoint || rec.End != plan.End {
-			t.Fatalf("%v: scanned %+v, %v, %v", end, rec, ok, err)
+	}
+}
+
+func testMake(t *testing.T, end pg.LSN, first []byte) {
+	plan, err := Make(Input{End: end, State: testState(end, end-0x80), Settings: testSettings(t, "127.0.0.1:5432", nil), First: first, Now: time.Unix(1e9, 0)})
+	if err != nil {
+		t.Fatalf("%v: %v", end, err)
+	}
+	sc := walrec.NewScanner(end)
+	sc.Feed(plan.WAL)
+	rec, ok, err := sc.Next()
+	if first != nil {
+		parsed, perr := walrec.Parse(rec.Data, rec.LSN, rec.End)
+		if perr != nil || err != nil || parsed.RmID != walrec.RmLogicalMsg || !bytes.Equal(parsed.MainData, first) || parsed.Prev != end-0x80 {
+			t.Fatalf("%v: the message is %+v, %v, %v", end, parsed, perr, err)
 		}
-		files := make(map[string][]byte)
-		for _, f := range plan.Files {
-			files[f.Path] = f.Data
+		message := rec.LSN
+		rec, ok, err = sc.Next()
+		if prev := pg.LSN(binary.LittleEndian.Uint64(rec.Data[8:])); prev != message {
+			t.Errorf("%v: the checkpoint says that the record before it is at %v, not %v", end, prev, message)
 		}
-		control, err := pg.ParseControlFile(files["global/pg_control"])
-		if err != nil {
-			t.Fatal(err)
-		}
-		if control.State != pg.DBShutdowned || control.CheckPoint != plan.Checkpoint || control.CheckPointCopy.Redo != plan.Checkpoint ||
-			control.MinRecoveryPoint != 0 || control.UnloggedLSN != firstNormalUnloggedLSN || control.CheckPointCopy.OldestActiveXid != 0 ||
-			control.CheckPointCopy.FullPageWrites || control.MaxConnections != 100 || control.WALLevel != 1 {
-			t.Errorf("%v: pg_control is %+v", end, control)
-		}
-		if last := plan.Files[len(plan.Files)-1].Path; last != "global/pg_control" {
-			t.Errorf("the last file is %s", last)
-		}
-		segment := files["pg_wal/"+pg.WALFileName(end)]
-		if h, err := pg.ParseWALPageHeader(segment, end.SegmentStart()); err != nil || h.SystemID != control.SystemID {
-			t.Errorf("%v: first page of the segment: %+v, %v", end, h, err)
-		}
-		if len(segment)%pg.WALPageSize != 0 {
-			t.Errorf("%v: the segment file has %d bytes", end, len(segment))
-		}
-		page := segment[end.PageStart()-end.SegmentStart():]
-		if _, err := pg.ParseWALPageHeader(page, end.PageStart()); err != nil {
-			t.Errorf("%v: the checkpoint's page: %v", end, err)
-		}
-		if !bytes.HasPrefix(page, plan.Page) || int(end-end.PageStart()) != len(plan.Page) {
-			t.Errorf("%v: Page is not what stands in the file", end)
-		}
-		crosses := plan.End.SegmentStart() != end.SegmentStart()
-		if _, ok := files["pg_wal/"+pg.WALFileName(plan.End)]; crosses && !ok {
-			t.Errorf("%v: the record ends in the next segment, for which there is no file", end)
-		}
+	}
+	if err != nil || !ok || rec.LSN != plan.Checkpoint || rec.End != plan.End {
+		t.Fatalf("%v: scanned %+v, %v, %v", end, rec, ok, err)
+	}
+	files := make(map[string][]byte)
+	for _, f := range plan.Files {
+		files[f.Path] = f.Data
+	}
+	control, err := pg.ParseControlFile(files["global/pg_control"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if control.State != pg.DBShutdowned || control.CheckPoint != plan.Checkpoint || control.CheckPointCopy.Redo != plan.Checkpoint ||
+		control.MinRecoveryPoint != 0 || control.UnloggedLSN != firstNormalUnloggedLSN || control.CheckPointCopy.OldestActiveXid != 0 ||
+		control.CheckPointCopy.FullPageWrites || control.MaxConnections != 100 || control.WALLevel != 1 {
+		t.Errorf("%v: pg_control is %+v", end, control)
+	}
+	if last := plan.Files[len(plan.Files)-1].Path; last != "global/pg_control" {
+		t.Errorf("the last file is %s", last)
+	}
+	segment := files["pg_wal/"+pg.WALFileName(end)]
+	if h, err := pg.ParseWALPageHeader(segment, end.SegmentStart()); err != nil || h.SystemID != control.SystemID {
+		t.Errorf("%v: first page of the segment: %+v, %v", end, h, err)
+	}
+	if len(segment)%pg.WALPageSize != 0 {
+		t.Errorf("%v: the segment file has %d bytes", end, len(segment))
+	}
+	page := segment[end.PageStart()-end.SegmentStart():]
+	if _, err := pg.ParseWALPageHeader(page, end.PageStart()); err != nil {
+		t.Errorf("%v: the checkpoint's page: %v", end, err)
+	}
+	if !bytes.HasPrefix(page, plan.Page) || int(end-end.PageStart()) != len(plan.Page) {
+		t.Errorf("%v: Page is not what stands in the file", end)
+	}
+	crosses := plan.End.SegmentStart() != end.SegmentStart()
+	if _, ok := files["pg_wal/"+pg.WALFileName(plan.End)]; crosses && !ok {
+		t.Errorf("%v: the record ends in the next segment, for which there is no file", end)
 	}
 }
 

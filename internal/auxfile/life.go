@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strconv"
 
+	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
@@ -69,7 +70,7 @@ func (l *Life) Seal(changes []Change) ([]byte, error) {
 	head := make([]byte, messageHead, messageHead+len(plain)+seal.TagSize)
 	head[0] = form
 	binary.LittleEndian.PutUint64(head[atNumber:], l.number)
-	return seal.SealWAL(head, l.key, l.context, stretch(l.epoch), stretch(l.number), l.number, plain)
+	return seal.SealWAL(head, l.key, l.context, pg.LSN(l.epoch), pg.LSN(l.number), l.number, plain)
 }
 
 func keyContext(project, branch string, epoch uint64) seal.Context {
@@ -121,7 +122,7 @@ func (r *Reader) Open(message []byte, last uint64) ([]Change, uint64, error) {
 	if number <= last {
 		return nil, last, ErrForged
 	}
-	plain, err := seal.OpenWAL(nil, r.key, r.context, stretch(r.epoch), stretch(number), number, message[messageHead:])
+	plain, err := seal.OpenWAL(nil, r.key, r.context, pg.LSN(r.epoch), pg.LSN(number), number, message[messageHead:])
 	switch {
 	case errors.Is(err, seal.ErrDamaged):
 		return nil, last, ErrForged

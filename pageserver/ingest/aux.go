@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -11,16 +12,92 @@ import (
 
 // message files what a logical message carries: nothing, but for ours.
 func (c *Core) message() error {
+	if sealed, ok := auxfile.KeyMessage(c.rec.MainData); ok {
+		return c.beginLife(sealed)
+	}
 	sealed, ok := auxfile.Message(c.rec.MainData)
-	if !ok || c.Aux == nil {
+	if !ok {
 		return nil
 	}
-	changes, err := c.Aux(c.ctx, sealed)
+	changes, err := c.openMessage(sealed)
 	if err != nil {
 		return err
 	}
+	return c.fileChanges(changes)
+}
+
+// A Life is whose messages about files count: a compute's, from its key on to the next
+// compute's first record.
+type Life struct {
+	Branch string
+	Epoch  uint64
+	Key    []byte // empty: what claimed to be its key was not
+	Last   uint64 // number of the last message
+}
+
+// lives tells whether the life is that of the compute whose records come. Epochs are numbered
+// anew on a branch's copy, which begins with its parent's state.
+func (c *Core) lives() bool { return c.state.Life.Epoch == c.Epoch && c.state.Life.Branch == c.Branch }
+
+// beginLife takes the key of a compute's messages. It comes with the first WAL of its epoch, which
+// the agent writes before Postgres runs: so the first key is genuine, and any other is not
+// looked at. An old compute tells no key; what a user passes off as one does not open, and that
+// is tried once.
+func (c *Core) beginLife(sealed []byte) error {
+	if c.AuxKey == nil {
+		return nil
+	}
+	if c.lives() {
+		c.Forged++
+		return nil
+	}
+	key, err := c.AuxKey(c.ctx, c.Epoch, sealed)
+	if err != nil {
+		return err
+	}
+	if key == nil {
+		c.Forged++
+	}
+	c.forgetLife()
+	c.state.Life = Life{Branch: c.Branch, Epoch: c.Epoch, Key: key}
+	return nil
+}
+
+func (c *Core) forgetLife() {
+	if c.life != nil {
+		c.life.Wipe()
+		c.life = nil
+	}
+}
+
+// openMessage gives what a message says. Without a key of its life it is of the old form.
+func (c *Core) openMessage(sealed []byte) ([]auxfile.Change, error) {
+	if !c.lives() || len(c.state.Life.Key) == 0 {
+		if c.Aux == nil {
+			return nil, nil
+		}
+		return c.Aux(c.ctx, sealed)
+	}
+	if c.life == nil {
+		life, err := auxfile.NewReader(c.Project, c.Branch, c.Epoch, c.state.Life.Key)
+		if err != nil {
+			return nil, err
+		}
+		c.life = life
+	}
+	changes, number, err := c.life.Open(sealed, c.state.Life.Last)
+	if errors.Is(err, auxfile.ErrForged) {
+		c.Forged++
+		return nil, nil
+	}
+	c.state.Life.Last = number
+	return changes, err
+}
+
+func (c *Core) fileChanges(changes []auxfile.Change) error {
 	gone := make(map[string]bool) // mappings
 	for _, ch := range changes {
+		c.SlotsChanged = c.SlotsChanged || strings.HasPrefix(ch.Path, auxfile.Slots+"/")
 		switch {
 		case !ch.Removed:
 			c.put(keyspace.AuxFile(ch.Path), timeline.Image, auxfile.Marshal(ch.Path, ch.Content))

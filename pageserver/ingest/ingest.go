@@ -69,9 +69,18 @@ const (
 
 // Core files records. It is not safe for concurrent use.
 type Core struct {
-	// Aux opens a message about aux files (internal/auxfile) and gives what it says; nothing if
-	// it is none of ours. Nil: such messages mean nothing.
+	// Aux opens a message about aux files (internal/auxfile) in the old form, and gives what it
+	// says; nothing if it is none of ours. Nil: such messages mean nothing.
 	Aux func(ctx context.Context, sealed []byte) ([]auxfile.Change, error)
+	// AuxKey opens the key of a life's messages; nothing if it is none of ours. Nil: as Aux.
+	AuxKey func(ctx context.Context, epoch uint64, sealed []byte) (key []byte, err error)
+	// Project, Branch and Epoch tell whose records come next.
+	Project, Branch string
+	Epoch           uint64
+	// SlotsChanged is set when a replication slot's file is among what is to be stored.
+	SlotsChanged bool
+	// Forged counts messages that claimed to be of the compute's, and were not.
+	Forged uint64
 
 	look  Lookup
 	state State
@@ -91,6 +100,8 @@ type Core struct {
 	ctx    context.Context
 	rec    *walrec.Record
 	change []byte // the record as a change, made when it is first needed
+
+	life *auxfile.Reader // of state.Life; nil: not made yet
 
 	refused map[pg.Oid]struct{} // tablespaces
 	foreign map[uint8]struct{}  // resource managers
@@ -240,6 +251,8 @@ func (c *Core) alloc(n int) []byte { return c.mem.alloc(n) }
 func (c *Core) Wipe() {
 	c.mem.reset()
 	c.out, c.given = nil, nil
+	clear(c.state.Life.Key)
+	c.forgetLife()
 }
 
 func (c *Core) u32(v uint32) []byte {

@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 	"slices"
 
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/pg"
 )
 
@@ -13,8 +14,11 @@ import (
 // PostgreSQL's recovery does (xlog_redo and its kin). It is stored under
 // keyspace.Checkpoint.
 //
-//	version 2 | start of the last record 8 | offsets page made early 8 | epoch 8 | pg_control 292 |
-//	number of origins 4 | of each: number 2, remote LSN 8
+//	version 3 | start of the last record 8 | offsets page made early 8 | epoch 8 | pg_control 292 |
+//	number of origins 4 | of each: number 2, remote LSN 8 |
+//	of the life: epoch 8, last message 8, length of the key 1, key, branch
+//
+// Version 2 has nothing of the life.
 type State struct {
 	PrevRecord pg.LSN // where the last record begins: xl_prev of the next
 	Control    pg.ControlFile
@@ -26,20 +30,24 @@ type State struct {
 
 	// Epoch is the highest epoch of which WAL was ingested, or is about to be.
 	Epoch uint64
+
+	Life Life
 }
 
 const (
-	stateVersion = 2
+	stateVersion = 3
+	oldVersion   = 2
 	controlBytes = 292 // of pg_control: data and CRC
 	stateFixed   = 1 + 8 + 8 + 8 + controlBytes + 4
 	originBytes  = 10
+	lifeFixed    = 8 + 8 + 1
 )
 
 func (s *State) checkPoint() *pg.CheckPoint { return &s.Control.CheckPointCopy }
 
 // Marshal gives the stored form.
 func (s *State) Marshal() []byte {
-	b := make([]byte, 0, stateFixed+originBytes*len(s.Origins))
+	b := make([]byte, 0, stateFixed+originBytes*len(s.Origins)+lifeFixed+len(s.Life.Key)+len(s.Life.Branch))
 	b = append(b, stateVersion)
 	b = binary.LittleEndian.AppendUint64(b, uint64(s.PrevRecord))
 	b = binary.LittleEndian.AppendUint64(b, uint64(s.EarlyOffsets))
@@ -50,12 +58,16 @@ func (s *State) Marshal() []byte {
 		b = binary.LittleEndian.AppendUint16(b, n)
 		b = binary.LittleEndian.AppendUint64(b, uint64(s.Origins[n]))
 	}
-	return b
+	b = binary.LittleEndian.AppendUint64(b, s.Life.Epoch)
+	b = binary.LittleEndian.AppendUint64(b, s.Life.Last)
+	b = append(b, byte(len(s.Life.Key))) // auxfile.KeySize, or none
+	b = append(b, s.Life.Key...)
+	return append(b, s.Life.Branch...)
 }
 
 // ParseState reads the stored form.
 func ParseState(b []byte) (State, error) {
-	if len(b) > 0 && b[0] != stateVersion { // first: each version has a length of its own
+	if len(b) > 0 && b[0] != stateVersion && b[0] != oldVersion { // first: each version has a length of its own
 		return State{}, fmt.Errorf("branch state of version %d, this program reads version %d", b[0], stateVersion)
 	}
 	if len(b) < stateFixed {
@@ -67,15 +79,31 @@ func ParseState(b []byte) (State, error) {
 	}
 	n := binary.LittleEndian.Uint32(b[stateFixed-4:])
 	rest := b[stateFixed:]
-	if uint64(len(rest)) != uint64(n)*originBytes {
+	origins := uint64(n) * originBytes
+	if uint64(len(rest)) < origins || b[0] == oldVersion && uint64(len(rest)) != origins {
 		return State{}, fmt.Errorf("branch state with %d bytes for %d replication origins", len(rest), n)
 	}
+	rest, last := rest[:origins], rest[origins:]
 	s := State{PrevRecord: pg.LSN(binary.LittleEndian.Uint64(b[1:])),
 		EarlyOffsets: int64(binary.LittleEndian.Uint64(b[9:])), Epoch: binary.LittleEndian.Uint64(b[17:]), Control: *control, Origins: make(map[uint16]pg.LSN, n)}
 	for ; len(rest) > 0; rest = rest[originBytes:] {
 		s.Origins[binary.LittleEndian.Uint16(rest)] = pg.LSN(binary.LittleEndian.Uint64(rest[2:]))
 	}
-	return s, nil
+	if b[0] == oldVersion {
+		return s, nil
+	}
+	s.Life, err = parseLife(last)
+	return s, err
+}
+
+func parseLife(b []byte) (l Life, err error) {
+	if len(b) < lifeFixed || len(b) < lifeFixed+int(b[16]) || b[16] != 0 && b[16] != auxfile.KeySize {
+		return l, fmt.Errorf("branch state with %d bytes of the compute's life", len(b))
+	}
+	l.Epoch, l.Last = binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:])
+	n := lifeFixed + int(b[16])
+	l.Key, l.Branch = slices.Clone(b[lifeFixed:n]), string(b[n:])
+	return l, nil
 }
 
 func (s *State) originNumbers() []uint16 {
