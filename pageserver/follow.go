@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/auxfile"
 	"github.com/holdfastdb/holdfast/internal/blob"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
@@ -83,6 +84,7 @@ type follower struct {
 	tl      *timeline.Timeline
 	core    *ingest.Core
 	scanner *walrec.Scanner
+	fed     pg.LSN // the end of what the scanner was given
 	rec     walrec.Record
 	plain   []byte
 	refused []pg.Oid // tablespaces, and
@@ -150,6 +152,7 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 	switch {
 	case f.scanner == nil: // the timeline may end inside a chunk: the records before are skipped
 		f.scanner = walrec.NewScanner(begin)
+		f.scanner.Skim(passedOver)
 		f.scanner.Feed(f.plain)
 	case f.pos()-begin <= pg.LSN(len(f.plain)):
 		f.scanner.Feed(f.plain[f.pos()-begin:])
@@ -157,17 +160,27 @@ func (f *follower) chunk(c *pb.SealedWAL) error {
 	if err := f.records(); err != nil {
 		return err
 	}
-	if f.scanner.Pos() != end {
+	f.fed = end
+	if f.scanner.Pos() != end && f.scanner.Missing() == 0 {
 		return &damage{what, fmt.Errorf("its records end at %v", f.scanner.Pos())}
 	}
 	return nil
 }
 
+// maxMessage is above which size a logical message says nothing here: none of the compute's is so large.
+const maxMessage = 2 * auxfile.MaxContent
+
+// passedOver tells of records that change nothing and may be too large for memory. Any
+// other is put together, though it comes in pieces: PostgreSQL has it in memory too, and it has
+// at most 1 GiB.
+func passedOver(rmid uint8, size int) bool { return rmid == walrec.RmLogicalMsg && size > maxMessage }
+
+// pos is where the WAL has to go on.
 func (f *follower) pos() pg.LSN {
 	if f.scanner == nil {
 		return f.tl.LastLSN()
 	}
-	return f.scanner.Pos()
+	return f.fed
 }
 
 func (f *follower) open(c *pb.SealedWAL) error {
@@ -192,7 +205,9 @@ func (f *follower) records() error {
 		if raw.End <= f.tl.LastLSN() {
 			continue
 		}
-		if err := walrec.ParseInto(&f.rec, raw.Data, raw.LSN, raw.End); err != nil {
+		if raw.Skimmed {
+			f.rec = walrec.HeaderOnly(raw)
+		} else if err := walrec.ParseInto(&f.rec, raw.Data, raw.LSN, raw.End); err != nil {
 			return &damage{"reading WAL", err}
 		}
 		if err := f.record(&f.rec); err != nil {

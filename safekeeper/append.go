@@ -24,7 +24,10 @@ const (
 	maxAppend      = 32 << 20 // bytes of WAL in one request
 	maxUncommitted = 64 << 20 // bytes of WAL of a branch between proposed and committed
 	dekBytes       = 32 << 20 // WAL sealed under one DEK
-	keyTimeout     = 10 * time.Second
+	// maxWhole is above which size a record may come in pieces. They are checked as they pass by;
+	// none is put together here.
+	maxWhole   = 16 << 20
+	keyTimeout = 10 * time.Second
 )
 
 // groupWriters are the writers of the branches of one group, for as long as this replica
@@ -51,6 +54,7 @@ type writer struct {
 	mu       sync.Mutex
 	epoch    uint64
 	tail     pg.LSN
+	begun    pg.LSN // where the record begins that tail is inside of, or the pieces of it; 0: it is at a record's end
 	scanner  *walrec.Scanner
 	key      *seal.Key
 	context  seal.Context
@@ -107,7 +111,7 @@ func (s *Server) Append(stream pb.Safekeeper_AppendServer) error {
 	received := make(chan error, 1)
 	ask := make(chan struct{}, 1)
 	go func() { received <- w.receive(stream, first, ask) }()
-	var told pg.LSN
+	var told, held pg.LSN
 	for {
 		force := false
 		select {
@@ -134,10 +138,10 @@ func (s *Server) Append(stream pb.Safekeeper_AppendServer) error {
 			return err
 		case b.Epoch != first.GetEpoch():
 			return fenced(n, first.GetEpoch(), b.Epoch)
-		case b.End == told && !force:
+		case b.End == told && b.Held == held && !force: // pieces are answered, too: the leader is not silent
 			continue
 		}
-		told = b.End
+		told, held = b.End, b.Held
 		if err := stream.Send(&pb.AppendResponse{CommittedLsn: uint64(told)}); err != nil {
 			return err
 		}
@@ -149,7 +153,7 @@ func (s *Server) Append(stream pb.Safekeeper_AppendServer) error {
 func (w *writer) receive(stream pb.Safekeeper_AppendServer, req *pb.AppendRequest, ask chan<- struct{}) error {
 	epoch := req.GetEpoch()
 	for {
-		fresh, err := w.append(stream.Context(), epoch, pg.LSN(req.GetBeginLsn()), req.GetWal())
+		fresh, err := w.append(stream.Context(), epoch, pg.LSN(req.GetBeginLsn()), req.GetWal(), req.GetPartial())
 		clear(req.GetWal()) // what is kept of it is sealed; the plaintext must not outlive the lease (K2)
 		if err != nil {
 			return err
@@ -167,7 +171,7 @@ func (w *writer) receive(stream pb.Safekeeper_AppendServer, req *pb.AppendReques
 }
 
 // append checks, seals and proposes one request; fresh is false if the log has it already.
-func (w *writer) append(ctx context.Context, epoch uint64, begin pg.LSN, wal []byte) (fresh bool, err error) {
+func (w *writer) append(ctx context.Context, epoch uint64, begin pg.LSN, wal []byte, partial bool) (fresh bool, err error) {
 	if len(wal) > maxAppend {
 		return false, status.Errorf(codes.InvalidArgument, "branch %s: %d bytes of WAL in one request, at most %d are possible", w.name, len(wal), maxAppend)
 	}
@@ -190,18 +194,52 @@ func (w *writer) append(ctx context.Context, epoch uint64, begin pg.LSN, wal []b
 		return false, nil
 	}
 	wal = wal[known:]
-	end, err := w.scan(wal)
+	kind, scan := walstate.KindAppend, w.scan
+	if partial {
+		kind, scan = walstate.KindPiece, w.scanPiece
+	}
+	end, err := scan(wal)
 	if err != nil {
+		w.startOver()
 		return false, err
 	}
-	data, err := w.seal(ctx, end, wal)
+	data, err := w.seal(ctx, kind, end, wal)
 	if err != nil {
-		w.scanner.Reset(w.tail)
+		w.startOver()
 		return false, err
+	}
+	switch {
+	case !partial:
+		w.begun = 0
+	case w.begun == 0:
+		w.begun = w.tail
 	}
 	w.tail = end
 	w.g.Propose(w.lead, data)
 	return true, nil
+}
+
+// startOver goes back to the last record's end: the scanner does not go on in the middle of one,
+// and pieces that are under way are sent again.
+func (w *writer) startOver() {
+	if w.begun != 0 {
+		w.tail, w.begun = w.begun, 0
+	}
+	w.scanner.Reset(w.tail)
+}
+
+// scanPiece makes sure that wal, which continues the log, is a piece of one record that goes on.
+func (w *writer) scanPiece(wal []byte) (pg.LSN, error) {
+	defer w.scanner.Wipe()
+	w.scanner.Feed(wal)
+	_, ok, err := w.scanner.Next()
+	if err == nil && (ok || !w.scanner.Skims()) {
+		err = fmt.Errorf("%d bytes are no piece of one record of more than %d bytes", len(wal), maxWhole)
+	}
+	if err != nil {
+		return 0, badWAL(w.name, w.tail, err)
+	}
+	return w.tail + pg.LSN(len(wal)), nil
 }
 
 // enter makes sure that epoch is the one that may append. The first append of an epoch
@@ -218,8 +256,9 @@ func (w *writer) enter(epoch uint64) error {
 	case epoch < b.Epoch:
 		return fenced(w.name, epoch, b.Epoch)
 	case epoch != w.epoch:
-		w.epoch, w.tail = epoch, b.End
+		w.epoch, w.tail, w.begun = epoch, b.End, 0
 		w.scanner = walrec.NewScanner(b.End)
+		w.scanner.Skim(func(_ uint8, size int) bool { return size > maxWhole })
 	}
 	return nil
 }
@@ -227,12 +266,11 @@ func (w *writer) enter(epoch uint64) error {
 // scan makes sure that wal, which continues the log, is whole records, and tells their end.
 func (w *writer) scan(wal []byte) (pg.LSN, error) {
 	begin := w.tail
-	defer w.scanner.Wipe() // whole records were fed, or it is reset
+	defer w.scanner.Wipe() // whole records were fed, or the caller starts over
 	w.scanner.Feed(wal)
 	for {
 		rec, ok, err := w.scanner.Next()
 		if err != nil {
-			w.scanner.Reset(begin)
 			return 0, badWAL(w.name, begin, err)
 		}
 		end := w.scanner.Pos()
@@ -242,32 +280,31 @@ func (w *writer) scan(wal []byte) (pg.LSN, error) {
 		case ok && end == covered:
 			return end, nil
 		case !ok:
-			w.scanner.Reset(begin)
 			return 0, badWAL(w.name, begin, fmt.Errorf("the last record in %d bytes ends at %s, not at %s", len(wal), end, covered))
 		}
 	}
 }
 
 // seal makes the command that appends [tail, end).
-func (w *writer) seal(ctx context.Context, end pg.LSN, wal []byte) ([]byte, error) {
+func (w *writer) seal(ctx context.Context, kind walstate.Kind, end pg.LSN, wal []byte) ([]byte, error) {
 	if w.key == nil || w.sealed+int64(len(wal)) > dekBytes {
 		if err := w.newKey(ctx); err != nil {
 			return nil, err
 		}
 	}
-	data, err := w.sealUnderKey(end, wal)
+	data, err := w.sealUnderKey(kind, end, wal)
 	if errors.Is(err, seal.ErrWiped) { // the lease ended since; perhaps there is a new one
 		if err := w.newKey(ctx); err != nil {
 			return nil, err
 		}
-		data, err = w.sealUnderKey(end, wal)
+		data, err = w.sealUnderKey(kind, end, wal)
 	}
 	return data, err
 }
 
-func (w *writer) sealUnderKey(end pg.LSN, wal []byte) ([]byte, error) {
+func (w *writer) sealUnderKey(kind walstate.Kind, end pg.LSN, wal []byte) ([]byte, error) {
 	w.counter++
-	c := walstate.Command{Kind: walstate.KindAppend, Branch: w.no, Epoch: w.epoch, Begin: w.tail, End: end,
+	c := walstate.Command{Kind: kind, Branch: w.no, Epoch: w.epoch, Begin: w.tail, End: end,
 		Counter: w.counter, Object: []byte(w.context.Object), WrappedDEK: w.wrapped}
 	data, err := seal.SealWAL(c.AppendPrefix(len(wal)+seal.TagSize), w.key, w.context, w.tail, end, w.counter, wal)
 	if err == nil {
@@ -316,5 +353,5 @@ func (w *writer) room() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	b, err := lookup(w.g, w.name)
-	return err != nil || w.tail < b.End+maxUncommitted
+	return err != nil || w.tail < b.Held+maxUncommitted
 }

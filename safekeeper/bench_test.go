@@ -26,7 +26,7 @@ func BenchmarkCommit(b *testing.B) {
 	for b.Loop() {
 		begin, wal := w.record(450)
 		at := time.Now()
-		if err := a.Send(begin, wal); err != nil {
+		if err := a.Send(begin, wal, false); err != nil {
 			b.Fatal(err)
 		}
 		if err := a.Wait(ctx, w.at); err != nil {
@@ -78,7 +78,7 @@ func BenchmarkStream(b *testing.B) {
 	for b.Loop() {
 		begin, wal := w.record(64 << 10)
 		w.all = w.all[:0]
-		if err := a.Send(begin, wal); err != nil {
+		if err := a.Send(begin, wal, false); err != nil {
 			b.Fatal(err)
 		}
 	}

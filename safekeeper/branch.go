@@ -56,6 +56,7 @@ type branchView struct {
 	No                  uint32
 	Epoch               uint64
 	Start, End, Durable pg.LSN
+	Held                pg.LSN // End, or where pieces of a record end that go on from there
 }
 
 func lookup(g *group.Group, n walstate.Name) (v branchView, err error) {
@@ -69,7 +70,7 @@ func lookup(g *group.Group, n walstate.Name) (v branchView, err error) {
 }
 
 func viewOf(b *walstate.Branch) branchView {
-	return branchView{No: b.No, Epoch: b.Epoch, Start: b.Start, End: b.End, Durable: b.Durable}
+	return branchView{No: b.No, Epoch: b.Epoch, Start: b.Start, End: b.End, Durable: b.Durable, Held: max(b.End, b.Held)}
 }
 
 // CreateBranch implements pb.SafekeeperServer.

@@ -220,7 +220,7 @@ func (c *cluster) appendSome(a *walclient.Appender, w *walMaker, n, size int) {
 	c.t.Helper()
 	for range n {
 		begin, wal := w.record(size)
-		if err := a.Send(begin, wal); err != nil {
+		if err := a.Send(begin, wal, false); err != nil {
 			c.t.Fatal(err)
 		}
 	}

@@ -198,7 +198,7 @@ func TestRotationsUnderLoad(t *testing.T) {
 		for ctx.Err() == nil {
 			for range 50 {
 				begin, wal := w.record(300)
-				if err := a.Send(begin, wal); err != nil {
+				if err := a.Send(begin, wal, false); err != nil {
 					t.Errorf("Send: %v", err)
 					return
 				}

@@ -69,7 +69,7 @@ func TestSwitchRecord(t *testing.T) {
 	t.Parallel()
 	c, _, a, w := begin(t, false)
 	wal, end := walrec.PlaceRecord(w.at, walrec.Build(0, 0x40, 0, w.prev, nil), 42)
-	if err := a.Send(w.at, wal); err != nil {
+	if err := a.Send(w.at, wal, false); err != nil {
 		t.Fatal(err)
 	}
 	w.prev = w.at
@@ -86,7 +86,7 @@ func TestFailover(t *testing.T) {
 		lead := c.leader(branch)
 		for range 20 { // on its way when the leader dies
 			at, wal := w.record(300)
-			if err := a.Send(at, wal); err != nil {
+			if err := a.Send(at, wal, false); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -192,12 +192,12 @@ func TestFencing(t *testing.T) {
 	}
 	b := cl.Append(e.Number, e.End)
 	defer b.Close()
-	_ = a.Send(at, wal) // it may have heard already
+	_ = a.Send(at, wal, false) // it may have heard already
 	if err := a.Wait(c.ctx(), w.at); !errors.Is(err, walclient.ErrFenced) {
 		t.Errorf("the fenced appender: %v", err)
 	}
 	<-a.Done()
-	if err := b.Send(at, wal); err != nil {
+	if err := b.Send(at, wal, false); err != nil {
 		t.Fatal(err)
 	}
 	c.appendSome(b, w, 10, 100)
@@ -207,6 +207,10 @@ func TestFencing(t *testing.T) {
 // raw sends one request on a stream of its own and gives the error that ends it, or nil when
 // it is committed up to commit.
 func (c *cluster) raw(epoch uint64, at pg.LSN, wal []byte, commit pg.LSN) error {
+	return c.rawRequest(&pb.AppendRequest{Project: project, Branch: branch, Epoch: epoch, BeginLsn: uint64(at), Wal: wal}, commit)
+}
+
+func (c *cluster) rawRequest(req *pb.AppendRequest, commit pg.LSN) error {
 	conn, err := rpc.Dial(c.peers[c.leader(branch)])
 	if err != nil {
 		return err
@@ -216,7 +220,7 @@ func (c *cluster) raw(epoch uint64, at pg.LSN, wal []byte, commit pg.LSN) error 
 	if err != nil {
 		return err
 	}
-	if err := s.Send(&pb.AppendRequest{Project: project, Branch: branch, Epoch: epoch, BeginLsn: uint64(at), Wal: wal}); err != nil {
+	if err := s.Send(req); err != nil {
 		return err
 	}
 	for {
@@ -311,7 +315,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	for range 1500 {
 		at, wal := w.record(300)
-		if err := a.Send(at, wal); err != nil {
+		if err := a.Send(at, wal, false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -446,7 +450,7 @@ func TestRevokedKey(t *testing.T) {
 		t.Errorf("append under a revoked key: %v", err)
 	}
 	c.ring.Restore()
-	if err := a.Send(at, wal); err != nil {
+	if err := a.Send(at, wal, false); err != nil {
 		t.Fatal(err)
 	}
 	c.appendSome(a, w, 10, 100)

@@ -26,20 +26,23 @@ import (
 const (
 	// maxChunk is where a chunk ends at the next record's end.
 	maxChunk = 1 << 20
-	// MaxRecord is the most bytes that one record may have: a chunk holds whole records, and
-	// the safekeepers take chunks of up to 32 MiB.
-	MaxRecord = 32<<20 - 2*maxChunk
+	// maxWhole is the most bytes of a record that goes in one chunk, whole. A larger one, of any
+	// size, goes in pieces, each a chunk of about maxChunk.
+	maxWhole = 16 << 20
 
 	recordHeaderSize = 24      // SizeOfXLogRecord
 	keepTail         = 4 << 20 // memory for unfinished records that is kept for the next one
+	maxFeed          = 1 << 20 // bytes that the scanner gets at once: it copies them
 )
 
-// A Chunk is a stretch [Begin, End) of WAL that holds whole records. Its bytes are the
-// receiver's. After a switch record End is the next segment's start, and the zeros between
+// A Chunk is a stretch [Begin, End) of WAL that holds whole records, or a piece of one. Its bytes are
+// the receiver's. After a switch record End is the next segment's start, and the zeros between
 // are left out.
 type Chunk struct {
 	Begin, End pg.LSN
 	WAL        []byte
+	// Partial tells that the record goes on in the next chunk, which is there already.
+	Partial bool
 }
 
 // A Tracker follows the writes to pg_wal. It is not safe for concurrent use. An error is
@@ -74,7 +77,9 @@ func NewTracker(start pg.LSN, page []byte) (*Tracker, error) {
 	if want := int(start - start.PageStart()); len(page) != want {
 		return nil, fmt.Errorf("WAL page before %v: %d bytes, want %d", start, len(page), want)
 	}
-	return &Tracker{scanner: walrec.NewScanner(start), base: start, before: bytes.Clone(page), beforeEnd: start,
+	scanner := walrec.NewScanner(start)
+	scanner.Skim(func(_ uint8, size int) bool { return size > maxWhole })
+	return &Tracker{scanner: scanner, base: start, before: bytes.Clone(page), beforeEnd: start,
 		tailStart: start, fed: start}, nil
 }
 
@@ -166,13 +171,17 @@ func (t *Tracker) scan() ([]Chunk, error) {
 		if err != nil {
 			return nil, err
 		}
-		n := int(t.base - t.tailStart)
+		n, before := int(t.base-t.tailStart), t.base
 		if !ok {
 			cut(n, t.base)
 			return chunks, nil
 		}
 		t.base, t.last = rec.End, rec.LSN
 		switch {
+		case rec.Skimmed:
+			cut(n, before)
+			chunks = append(chunks, t.pieces()...)
+			whole = t.tail
 		case rec.IsSwitch:
 			cut(int(recordEnd(rec.LSN, uint32(len(rec.Data)))-t.tailStart), t.base)
 			if err := t.skipGap(); err != nil {
@@ -182,6 +191,21 @@ func (t *Tracker) scan() ([]Chunk, error) {
 			cut(int(t.base-t.tailStart), t.base)
 		}
 	}
+}
+
+// pieces cuts the record that is all of the tail up to base, at ends of pages. The pieces are the
+// tail's memory, which nothing else uses any more.
+func (t *Tracker) pieces() (chunks []Chunk) {
+	rest, from := t.tail, t.tailStart
+	left := int(t.base - t.tailStart)
+	t.accept(left)
+	t.tail = bytes.Clone(t.tail)
+	for left > 0 {
+		n := min(left, int((from+maxChunk).PageStart()-from))
+		chunks = append(chunks, Chunk{Begin: from, End: from + pg.LSN(n), WAL: rest[:n:n], Partial: n < left})
+		rest, from, left = rest[n:], from+pg.LSN(n), left-n
+	}
+	return chunks
 }
 
 // next gives the next complete record behind base.
@@ -201,9 +225,15 @@ func (t *Tracker) next() (rec walrec.RawRecord, ok bool, err error) {
 	if complete {
 		limit = max(limit, recEnd)
 	}
-	t.scanner.Feed(t.tail[t.fed-t.tailStart : limit-t.tailStart])
-	t.fed = limit
-	rec, ok, err = t.scanner.Next()
+	for {
+		to := min(limit, t.fed+maxFeed)
+		t.scanner.Feed(t.tail[t.fed-t.tailStart : to-t.tailStart])
+		t.fed = to
+		if rec, ok, err = t.scanner.Next(); ok || err != nil || to == limit {
+			break
+		}
+	}
+	t.reserve(recEnd)
 	switch {
 	case ok:
 		return rec, true, nil
@@ -214,6 +244,17 @@ func (t *Tracker) next() (rec walrec.RawRecord, ok bool, err error) {
 		err = fmt.Errorf("WAL at %v: a record's page header is missing, and later pages were written", t.base)
 	}
 	return rec, false, err
+}
+
+// reserve makes the tail large enough, once, for a record that goes in pieces and whose header is
+// right: growing by steps would need twice the memory.
+func (t *Tracker) reserve(end pg.LSN) {
+	if !t.scanner.Skims() || end < t.tailStart {
+		return
+	}
+	if n := int(end-t.tailStart) + 2*pg.WALPageSize; cap(t.tail) < n {
+		t.tail = append(make([]byte, 0, n), t.tail...)
+	}
 }
 
 // expect looks at the length of the record that begins at base: where it ends, and whether
@@ -228,9 +269,7 @@ func (t *Tracker) expect(settled, end pg.LSN) (recEnd pg.LSN, complete bool, err
 	switch {
 	case n < recordHeaderSize && isSettled:
 		return 0, false, fmt.Errorf("WAL at %v holds no record (length %d), and later pages were written", start, n)
-	case n > MaxRecord && isSettled:
-		return 0, false, fmt.Errorf("WAL record at %v has %d bytes; the most that can be sent is %d", start, n, MaxRecord)
-	case n < recordHeaderSize || n > MaxRecord:
+	case n < recordHeaderSize:
 		return 0, false, nil
 	}
 	if t.pending.base != t.base || t.pending.length != n {

@@ -291,20 +291,70 @@ func testDamaged(t *testing.T, h *history, r *rand.Rand) {
 	}
 }
 
-// TestRecordTooLong: what no chunk can carry is an error once the record is sure to come.
-func TestRecordTooLong(t *testing.T) {
+// TestLargeRecord: a record of more than maxWhole bytes comes in pieces once all of it is there, and what
+// comes before and behind it does not share a chunk with it.
+func TestLargeRecord(t *testing.T) {
 	const start = pg.LSN(0x3000000)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 1))
+	var stream []byte
+	ends := map[pg.LSN]bool{}
+	at, prev := start, start-8
+	for _, size := range []int{100, maxWhole + 12345, 50, 40 << 20, maxWhole, maxWhole - 100, 7} {
+		data := make([]byte, size)
+		for i := 0; i < size; i += 1000 {
+			data[i] = byte(r.Uint32())
+		}
+		b, end := walrec.PlaceRecord(at, walrec.Build(walrec.RmLogicalMsg, 0, 0, prev, data), 42)
+		stream, prev, at = append(stream, b...), at.SkipPageHeader(), end
+		ends[end] = true
+	}
 	tr, err := NewTracker(start, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec := walrec.Build(0, 0x20, 0, start-8, make([]byte, MaxRecord))
-	stream, _ := walrec.PlaceRecord(start, rec, 42)
-	if _, err := tr.Write(start, stream[:pg.WALPageSize]); err != nil {
-		t.Fatalf("a length that may still change: %v", err)
+	var got []byte
+	pieces := 0
+	partial := false
+	for off := 0; off < len(stream); { // whole pages, the last one again and again, parts of it zeros at first
+		n := min(len(stream), (off+1+r.IntN(3<<20))/pg.WALPageSize*pg.WALPageSize+r.IntN(pg.WALPageSize))
+		n = max(n, off)
+		from := off / pg.WALPageSize * pg.WALPageSize
+		p := append(bytes.Clone(stream[from:n]), make([]byte, (pg.WALPageSize-n%pg.WALPageSize)%pg.WALPageSize)...)
+		chunks, err := tr.Write(start+pg.LSN(from), p)
+		if err != nil {
+			t.Fatalf("at %d: %v", from, err)
+		}
+		for _, c := range chunks {
+			if c.Begin != start+pg.LSN(len(got)) || c.End != c.Begin+pg.LSN(len(c.WAL)) {
+				t.Fatalf("chunk %v to %v of %d bytes at %v", c.Begin, c.End, len(c.WAL), start+pg.LSN(len(got)))
+			}
+			if c.Partial == ends[c.End] {
+				t.Fatalf("chunk to %v: partial %v", c.End, c.Partial)
+			}
+			if c.Partial || partial {
+				pieces++
+				if len(c.WAL) > maxChunk {
+					t.Errorf("a piece of %d bytes", len(c.WAL))
+				}
+			}
+			partial = c.Partial
+			got = append(got, c.WAL...)
+		}
+		if partial {
+			t.Fatal("the pieces of a record did not come at once")
+		}
+		off = n
 	}
-	if _, err := tr.Write(start+pg.WALPageSize, stream[pg.WALPageSize:2*pg.WALPageSize]); err == nil {
-		t.Fatal("no error")
+	if !bytes.Equal(got, stream) || tr.Accepted() != at {
+		t.Errorf("%d bytes were accepted, up to %v; want %d up to %v", len(got), tr.Accepted(), len(stream), at)
+	}
+	if want := (2*maxWhole + 40<<20) / maxChunk; pieces < want {
+		t.Errorf("%d pieces, want about %d", pieces, want)
+	}
+	if cap(tr.tail) > maxWhole {
+		t.Errorf("%d bytes of memory are kept", cap(tr.tail))
 	}
 }
 
@@ -326,7 +376,7 @@ type queue struct {
 	wait chan struct{}
 }
 
-func (q *queue) Send(begin pg.LSN, wal []byte) error {
+func (q *queue) Send(begin pg.LSN, wal []byte, partial bool) error {
 	if q.err != nil {
 		return q.err
 	}

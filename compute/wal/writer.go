@@ -12,8 +12,9 @@ import (
 
 // Appender takes WAL to the quorum; walclient.Appender is one.
 type Appender interface {
-	// Send queues bytes that continue the log at begin and takes ownership of them.
-	Send(begin pg.LSN, wal []byte) error
+	// Send queues bytes that continue the log at begin and takes ownership of them. partial: they
+	// end inside a record that goes on with the next Send.
+	Send(begin pg.LSN, wal []byte, partial bool) error
 	// Wait returns when the quorum holds the log up to lsn.
 	Wait(ctx context.Context, lsn pg.LSN) error
 	// Committed is how far the quorum holds the log.
@@ -60,10 +61,12 @@ func (w *Writer) Write(lsn pg.LSN, p []byte) error {
 		return w.fail(err)
 	}
 	for _, c := range chunks {
-		if err := w.appender.Send(c.Begin, c.WAL); err != nil {
+		if err := w.appender.Send(c.Begin, c.WAL, c.Partial); err != nil {
 			return w.fail(fmt.Errorf("sending WAL from %v: %w", c.Begin, err))
 		}
-		w.accepted.Store(uint64(c.End))
+		if !c.Partial {
+			w.accepted.Store(uint64(c.End))
+		}
 	}
 	return nil
 }

@@ -38,6 +38,7 @@ type Appender struct {
 		queue     []chunk                    // not known to be committed, ascending
 		next      int                        // of queue: the first that this stream was not sent
 		bytes     int                        // in queue
+		partial   bool                       // the queue ends inside a record
 		tail      pg.LSN                     // where the next Send begins
 		committed pg.LSN
 		answered  time.Time // when the leader last told something, or had nothing to tell
@@ -51,8 +52,10 @@ type Appender struct {
 }
 
 type chunk struct {
-	begin pg.LSN
-	wal   []byte
+	begin   pg.LSN
+	wal     []byte
+	partial bool // it ends inside a record
+	alone   bool // it is a piece of a record, the last one included: readers find records' ends at chunks' ends
 }
 
 func (c chunk) end() pg.LSN { return c.begin + pg.LSN(len(c.wal)) }
@@ -74,15 +77,16 @@ func (c *Client) Append(epoch uint64, from pg.LSN) *Appender {
 	return a
 }
 
-// Send queues WAL that continues what was sent before: whole records. It takes wal over. It
-// blocks only while more than 16 MiB are not committed. After a chunk that ends with a switch
+// Send queues WAL that continues what was sent before: whole records, or, with partial, a piece of a
+// record that goes on with the next Send and is committed with its last piece. It takes wal over. It
+// blocks only while more than 16 MiB are not committed, and between two pieces never. After a chunk that ends with a switch
 // record, the next one begins at the next segment's start.
-func (a *Appender) Send(begin pg.LSN, wal []byte) error {
+func (a *Appender) Send(begin pg.LSN, wal []byte, partial bool) error {
 	if len(wal) == 0 {
 		return nil
 	}
 	a.mu.Lock()
-	for a.mu.err == nil && a.mu.bytes > maxUncommitted {
+	for a.mu.err == nil && a.mu.bytes > maxUncommitted && !a.mu.partial {
 		room := a.mu.room
 		a.mu.Unlock()
 		<-room
@@ -100,7 +104,8 @@ func (a *Appender) Send(begin pg.LSN, wal []byte) error {
 	if len(a.mu.queue) == 0 {
 		a.mu.answered = time.Now() // from now on an answer is due
 	}
-	ch := chunk{begin: begin, wal: wal}
+	ch := chunk{begin: begin, wal: wal, partial: partial, alone: partial || a.mu.partial}
+	a.mu.partial = partial
 	a.mu.queue = append(a.mu.queue, ch)
 	a.mu.bytes += len(wal)
 	a.mu.tail = ch.end()
@@ -155,9 +160,9 @@ func (a *Appender) takeLocked() *pb.AppendRequest {
 	a.mu.next++
 	end, n := first.end(), len(first.wal)
 	to := a.mu.next
-	for ; to < len(a.mu.queue); to++ {
+	for ; to < len(a.mu.queue) && !first.alone; to++ {
 		c := a.mu.queue[to]
-		if c.begin != end || n+len(c.wal) > maxRequest {
+		if c.alone || c.begin != end || n+len(c.wal) > maxRequest {
 			break
 		}
 		end, n = c.end(), n+len(c.wal)
@@ -170,7 +175,7 @@ func (a *Appender) takeLocked() *pb.AppendRequest {
 		}
 		a.mu.next = to
 	}
-	return &pb.AppendRequest{BeginLsn: uint64(first.begin), Wal: wal}
+	return &pb.AppendRequest{BeginLsn: uint64(first.begin), Wal: wal, Partial: first.partial}
 }
 
 // Wait waits until the log is committed up to lsn.

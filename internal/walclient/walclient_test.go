@@ -268,7 +268,7 @@ func TestAppendsSurviveEverything(t *testing.T) {
 		}
 		b := wal(i, 8*(i%40+1))
 		all = append(all, b...)
-		if err := a.Send(at, b); err != nil {
+		if err := a.Send(at, b, false); err != nil {
 			t.Fatal(err)
 		}
 		at += pg.LSN(len(b))
@@ -302,7 +302,7 @@ func TestSendsFromManyGoroutinesWait(t *testing.T) {
 			for i := range 100 {
 				b := wal(g, 64)
 				mu.Lock()
-				err := a.Send(at, b)
+				err := a.Send(at, b, false)
 				at += pg.LSN(len(b))
 				mine := at
 				mu.Unlock()
@@ -331,7 +331,7 @@ func TestSendBlocksWhileTooMuchIsUncommitted(t *testing.T) {
 	sent := make(chan error)
 	go func() {
 		for i := range 20 {
-			err := a.Send(at, wal(i, 1<<20))
+			err := a.Send(at, wal(i, 1<<20), false)
 			at += 1 << 20
 			sent <- err
 		}
@@ -365,26 +365,26 @@ func TestFencedAppenderEnds(t *testing.T) {
 	w, c := newWorld(t)
 	w.epoch = 1
 	a := c.Append(1, start)
-	if err := a.Send(start, wal(1, 8)); err != nil {
+	if err := a.Send(start, wal(1, 8), false); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Wait(testCtx(t), start+8); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Send(start+24, wal(1, 8)); err == nil {
+	if err := a.Send(start+24, wal(1, 8), false); err == nil {
 		t.Error("a gap is taken")
 	}
 	if _, err := c.OpenEpoch(testCtx(t), "other"); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Send(start+8, wal(2, 8)); err != nil {
+	if err := a.Send(start+8, wal(2, 8), false); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Wait(testCtx(t), start+16); !errors.Is(err, ErrFenced) {
 		t.Errorf("Wait: %v", err)
 	}
 	<-a.Done()
-	if err := a.Send(start+16, wal(2, 8)); !errors.Is(err, ErrFenced) || !errors.Is(a.Err(), ErrFenced) {
+	if err := a.Send(start+16, wal(2, 8), false); !errors.Is(err, ErrFenced) || !errors.Is(a.Err(), ErrFenced) {
 		t.Errorf("Send: %v, Err: %v", err, a.Err())
 	}
 }
@@ -393,7 +393,7 @@ func TestLostLogIsNotPapered(t *testing.T) {
 	w, c := newWorld(t)
 	w.epoch = 1
 	a := c.Append(1, start)
-	if err := a.Send(start, wal(1, 80)); err != nil {
+	if err := a.Send(start, wal(1, 80), false); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Wait(testCtx(t), start+80); err != nil {
@@ -402,7 +402,7 @@ func TestLostLogIsNotPapered(t *testing.T) {
 	w.mu.Lock()
 	w.log = w.log[:8] // cannot be
 	w.mu.Unlock()
-	if err := a.Send(start+80, wal(2, 8)); err != nil {
+	if err := a.Send(start+80, wal(2, 8), false); err != nil {
 		t.Fatal(err)
 	}
 	<-a.Done()
@@ -451,7 +451,7 @@ func TestFollowGoesFromReplicaToReplica(t *testing.T) {
 		})
 	}()
 	for i := range 50 {
-		if err := a.Send(start+pg.LSN(i)*16, wal(i, 16)); err != nil {
+		if err := a.Send(start+pg.LSN(i)*16, wal(i, 16), false); err != nil {
 			t.Fatal(err)
 		}
 		if err := a.Wait(testCtx(t), start+pg.LSN(i+1)*16); err != nil {

@@ -53,6 +53,13 @@ func ParseInto(r *Record, raw []byte, lsn, end pg.LSN) error {
 	return nil
 }
 
+// HeaderOnly is the Record of one that was skimmed: without main data and blocks.
+func HeaderOnly(raw RawRecord) Record {
+	h := raw.Data
+	return Record{LSN: raw.LSN, End: raw.End, Prev: pg.LSN(le.Uint64(h[atPrev:])), Xid: pg.TransactionID(le.Uint32(h[atXid:])),
+		RmID: h[atRmID], Info: h[atInfo], Raw: h}
+}
+
 // parser reads from b; rec gets what it finds. Reading past the end gives zeros and sets
 // short.
 type parser struct {

@@ -34,6 +34,7 @@ type RawRecord struct {
 	End      pg.LSN // where the next record could begin, before a page header is skipped
 	Data     []byte // header included, page headers taken out; see Scanner for its lifetime
 	IsSwitch bool   // XLOG_SWITCH: End is the start of the next segment
+	Skimmed  bool   // Data is the header alone (Scanner.Skim)
 }
 
 // A Scanner splits a stream of WAL bytes into records. Feed copies what it is given; a
@@ -57,6 +58,10 @@ type Scanner struct {
 	part      []byte
 	partLSN   pg.LSN
 	remaining int // of its bytes; 0 if there is no such record
+	// Of a record that is skimmed, part is the header alone, and crc that of what followed it.
+	skim     func(rmid uint8, size int) bool
+	skimming bool
+	crc      uint32
 }
 
 // NewScanner makes a Scanner of the stream that begins at start: the end of a record, or
@@ -67,17 +72,31 @@ func NewScanner(start pg.LSN) *Scanner {
 	return s
 }
 
+// Skim has the Scanner not put together records of which which says so, by their resource manager and
+// size: they are checked as they pass by, and may have any size. Of others none has more than
+// 1 GiB: PostgreSQL itself could not read it.
+func (s *Scanner) Skim(which func(rmid uint8, size int) bool) { s.skim = which }
+
+// Skims tells whether what was fed ends inside a record that is skimmed, of whose header nothing is
+// wrong.
+func (s *Scanner) Skims() bool { return s.skimming && s.err == nil && s.off == len(s.buf) }
+
+// Missing is how many bytes are still to come of a record of which a part was fed and taken; 0 if there
+// is none.
+func (s *Scanner) Missing() int { return s.remaining }
+
 // Reset forgets all that was fed and what went wrong, and expects the stream from start
 // on. Whoever feeds bytes that may still be rewritten (a WAL page's tail) resets to Pos and
 // feeds again from there. If start is Pos, the next record's link to the one before it is
 // still checked.
 func (s *Scanner) Reset(start pg.LSN) {
+	s.skimming = false
 	s.Wipe()
 	prev := s.prev
 	if start != s.end {
 		prev = 0
 	}
-	*s = Scanner{buf: s.buf[:0], part: s.part[:0], pos: start, end: start, prev: prev}
+	*s = Scanner{buf: s.buf[:0], part: s.part[:0], pos: start, end: start, prev: prev, skim: s.skim}
 	inPage := int(start % pg.WALPageSize)
 	if start%8 != 0 || inPage != 0 && inPage < pg.WALPageHeaderSize(start.PageStart()) {
 		s.err = fmt.Errorf("WAL cannot be read from %v: no record begins there", start)
@@ -85,10 +104,15 @@ func (s *Scanner) Reset(start pg.LSN) {
 }
 
 // Wipe zeroes the WAL that the scanner holds (K2), the last record's Data included. Where all that
-// was fed was given by Next, the stream may go on; else what was not is lost, and Reset is next.
+// was fed was given by Next, the stream may go on, also where it Skims, for which the record's header
+// stays; else what was not is lost, and Reset is next.
 func (s *Scanner) Wipe() {
 	clear(s.buf)
-	clear(s.part)
+	if s.Skims() {
+		clear(s.part[len(s.part):cap(s.part)])
+	} else {
+		clear(s.part[:cap(s.part)])
+	}
 	s.buf, s.off = s.buf[:0], 0
 }
 
@@ -187,7 +211,7 @@ func (s *Scanner) pageHeader() bool {
 		s.err = err
 		return false
 	case h.Info&pg.FirstIsOverwriteContRecord != 0:
-		s.remaining, s.part = 0, s.part[:0] // recovery gave that record up
+		s.remaining, s.part, s.skimming = 0, s.part[:0], false // recovery gave that record up
 		fallthrough
 	case s.remaining == 0:
 		if h.Info&pg.FirstIsContRecord != 0 {
@@ -213,7 +237,7 @@ func (s *Scanner) begin() (rec RawRecord, ok, whole bool) {
 	switch {
 	case n == 0:
 		return RawRecord{}, false, true
-	case n < headerSize || n > maxRecord:
+	case n < headerSize || n > maxRecord && s.skim == nil:
 		s.fail("WAL record at %v: length %d, want %d to %d", s.pos, n, headerSize, maxRecord)
 		return RawRecord{}, false, true
 	}
@@ -223,7 +247,7 @@ func (s *Scanner) begin() (rec RawRecord, ok, whole bool) {
 		if cap(s.part) > keepPart {
 			s.part = nil
 		}
-		s.part, s.partLSN, s.remaining = s.part[:0], s.pos, int(n)
+		s.part, s.partLSN, s.remaining, s.skimming = s.part[:0], s.pos, int(n), false
 		return RawRecord{}, false, false
 	}
 	if padded := int(n+7) &^ 7; len(b) < padded {
@@ -247,14 +271,31 @@ func (s *Scanner) gather() bool {
 			return false
 		}
 	}
-	had := len(s.part)
-	s.part = append(s.part, s.rest()[:n]...)
+	b := s.rest()[:n]
 	s.advance(n)
 	s.remaining -= n
-	if had < headerSize && len(s.part) >= headerSize {
-		s.checkHeader(s.part, s.partLSN)
+	if s.skimming {
+		s.crc = crc32.Update(s.crc, pg.Castagnoli, b)
+		return true
+	}
+	had := len(s.part)
+	s.part = append(s.part, b...)
+	if had < headerSize && len(s.part) >= headerSize && s.checkHeader(s.part, s.partLSN) {
+		s.choose()
 	}
 	return true
+}
+
+// choose decides, now that a record's header is there, whether it is skimmed.
+func (s *Scanner) choose() {
+	size := int(le.Uint32(s.part))
+	switch {
+	case s.skim != nil && s.skim(s.part[atRmID], size):
+		s.crc, s.skimming = crc32.Checksum(s.part[headerSize:], pg.Castagnoli), true
+		s.part = s.part[:headerSize]
+	case size > maxRecord:
+		s.fail("WAL record at %v: length %d, want %d to %d", s.partLSN, size, headerSize, maxRecord)
+	}
 }
 
 // checkHeader checks what a header can tell before its CRC is known, so that a false
@@ -280,12 +321,13 @@ func (s *Scanner) finish(data []byte, lsn pg.LSN) (RawRecord, bool) {
 	if !s.checkHeader(data, lsn) {
 		return RawRecord{}, false
 	}
-	if have, want := CRC(data), le.Uint32(data[atCRC:]); have != want {
-		s.fail("WAL record at %v of %d bytes: CRC is %#08x, the record says %#08x", lsn, len(data), have, want)
+	if have, want := s.crcOf(data), le.Uint32(data[atCRC:]); have != want {
+		s.fail("WAL record at %v of %d bytes: CRC is %#08x, the record says %#08x", lsn, le.Uint32(data), have, want)
 		return RawRecord{}, false
 	}
 	s.advance(int(s.pos.Align() - s.pos))
-	rec := RawRecord{LSN: lsn, Data: data}
+	rec := RawRecord{LSN: lsn, Data: data, Skimmed: s.skimming}
+	s.skimming = false
 	if data[atRmID] == 0 && data[atInfo]&infoMask == switchInfo {
 		rec.IsSwitch = true
 		next := (s.pos + pg.WALSegmentSize - 1).SegmentStart()
@@ -295,6 +337,14 @@ func (s *Scanner) finish(data []byte, lsn pg.LSN) (RawRecord, bool) {
 	rec.End = s.pos
 	s.end, s.prev = s.pos, lsn
 	return rec, true
+}
+
+// crcOf is the CRC of a record that is whole, or was skimmed.
+func (s *Scanner) crcOf(data []byte) uint32 {
+	if s.skimming {
+		return crc32.Update(s.crc, pg.Castagnoli, data[:atCRC])
+	}
+	return CRC(data)
 }
 
 // CRC is the CRC-32C of a record of at least headerSize bytes: of what follows the header,

@@ -48,7 +48,12 @@ func (g *Group) keepUp() {
 
 // compactor replays the log behind the real state, to have the state as of the entry up to
 // which the log is let go.
-type compactor struct{ base *walstate.State }
+type compactor struct {
+	base *walstate.State
+	// Pieces that hold the log, and since when nothing came to them.
+	pinned walstate.Branch
+	since  time.Time
+}
 
 // compactOne lets the oldest log file go, if there is reason to and nobody needs it.
 func (g *Group) compactOne(c *compactor) (more bool, err error) {
@@ -61,8 +66,12 @@ func (g *Group) compactOne(c *compactor) (more bool, err error) {
 	var applied, branch uint64
 	var name walstate.Name
 	var from, to pg.LSN
+	var pinned *walstate.Branch
 	g.View(func(s *walstate.State) {
 		applied = s.Applied()
+		if b := s.Pinned(last); b != nil {
+			pinned = &walstate.Branch{No: b.No, Name: b.Name, Held: b.Held}
+		}
 		if b, f, t := s.Needs(last); b != nil {
 			branch, name, from, to = uint64(b.No), b.Name, f, t
 		}
@@ -70,6 +79,8 @@ func (g *Group) compactOne(c *compactor) (more bool, err error) {
 	switch {
 	case applied < last:
 		return false, nil
+	case pinned != nil:
+		return false, g.dropStale(c, pinned)
 	case branch != 0 && (size <= g.cfg.ArchiveBytes || g.leadership.Load() == nil):
 		return false, nil
 	case branch != 0:
@@ -87,6 +98,28 @@ func (g *Group) compactOne(c *compactor) (more bool, err error) {
 	g.core.mu.state.Forget(last)
 	g.core.mu.Unlock()
 	return true, nil
+}
+
+// stalePieces is after how long without a new one the pieces of a record no longer hold the
+// log. A compute that still sends is not lost by that: it sends the record again.
+const stalePieces = time.Minute
+
+// dropStale forgets pieces of a record whose compute is gone.
+func (g *Group) dropStale(c *compactor, b *walstate.Branch) error {
+	if c.pinned.No != b.No || c.pinned.Held != b.Held {
+		c.pinned, c.since = walstate.Branch{No: b.No, Held: b.Held}, time.Now()
+	}
+	if time.Since(c.since) < stalePieces || g.leadership.Load() == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(g.ctx, archiveTimeout)
+	defer cancel()
+	_, err := g.Do(ctx, walstate.Command{Kind: walstate.KindDropPieces, Branch: b.No, Begin: b.Held})
+	if err == nil {
+		g.log.Warn("the pieces of a large record are forgotten: the compute that sent them is gone, and the record was never whole",
+			"project", b.Name.Project, "branch", b.Name.Branch)
+	}
+	return err
 }
 
 // upTo gives the state after entry last, in its snapshot form; nil if a snapshot from the leader came in

@@ -120,7 +120,8 @@ func (g *Group) applied(r *walstate.Result) {
 	}
 	// What this leader let pass did not fit: its idea of the log's end is wrong, and with a
 	// new leadership it begins from what is applied.
-	if r.Command.Kind == walstate.KindAppend && errors.Is(r.Err, walstate.ErrGap) {
+	isWAL := r.Command.Kind == walstate.KindAppend || r.Command.Kind == walstate.KindPiece
+	if isWAL && errors.Is(r.Err, walstate.ErrGap) {
 		g.endLeadership()
 	}
 	g.subs.notify(r.Branch.No)

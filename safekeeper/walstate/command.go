@@ -21,6 +21,9 @@
 //	  6 Rewrap        branch number uint32, count uint16, then for each DEK its object, its
 //	                  wrapped form so far and the one that takes its place
 //	  7 DeleteBranch  branch number uint32
+//	  8 Piece         as Append: a piece of a record, which the record's last piece, an
+//	                  Append, makes part of the log
+//	  9 DropPieces    branch number uint32, end uint64: forget pieces that end there
 package walstate
 
 import (
@@ -46,6 +49,12 @@ const (
 // KindDeleteBranch forgets a branch. Its number is not given out again.
 const KindDeleteBranch Kind = 7
 
+// Large records.
+const (
+	KindPiece      Kind = 8
+	KindDropPieces Kind = 9
+)
+
 // A Command is one decoded Raft entry. Its byte fields alias the entry.
 type Command struct {
 	Kind   Kind
@@ -54,8 +63,8 @@ type Command struct {
 	Name   Name   // CreateBranch
 	Node   string // OpenEpoch: who asks, for the log
 
-	Epoch      uint64 // Append
-	Begin, End pg.LSN // CreateBranch, Durable: Begin only
+	Epoch      uint64 // Append, Piece
+	Begin, End pg.LSN // CreateBranch, Durable, DropPieces: Begin only
 	Counter    uint64
 	Object     []byte
 	WrappedDEK []byte
@@ -91,10 +100,10 @@ func (c *Command) Encode(dst []byte) []byte {
 	case KindOpenEpoch:
 		dst = le.AppendUint32(dst, c.Branch)
 		return appendField(dst, c.Node)
-	case KindAppend:
+	case KindAppend, KindPiece:
 		dst = c.encodeAppendHeader(dst)
 		return append(dst, c.Ciphertext...)
-	case KindDurable:
+	case KindDurable, KindDropPieces:
 		dst = le.AppendUint32(dst, c.Branch)
 		return le.AppendUint64(dst, uint64(c.Begin))
 	case KindArchived:
@@ -110,11 +119,11 @@ func (c *Command) Encode(dst []byte) []byte {
 	panic(fmt.Sprintf("walstate: command kind %d does not exist", c.Kind)) // kinds are constants of this package
 }
 
-// AppendPrefix begins an Append command to which the caller then appends the ciphertext:
+// AppendPrefix begins an Append or Piece command to which the caller then appends the ciphertext:
 // so the ciphertext is made where it stays. extra is the room to reserve for it.
 func (c *Command) AppendPrefix(extra int) []byte {
 	dst := make([]byte, 0, appendOverhead+len(c.Object)+len(c.WrappedDEK)+extra)
-	dst = append(dst, byte(KindAppend))
+	dst = append(dst, byte(c.Kind))
 	dst = le.AppendUint64(dst, c.ID)
 	return c.encodeAppendHeader(dst)
 }
@@ -145,12 +154,12 @@ func Decode(data []byte) (c Command, err error) {
 		c.Name = Name{Project: string(d.field()), Branch: string(d.field())}
 	case KindOpenEpoch:
 		c.Branch, c.Node = d.uint32(), string(d.field())
-	case KindAppend:
+	case KindAppend, KindPiece:
 		c.Branch, c.Epoch = d.uint32(), d.uint64()
 		c.Begin, c.End, c.Counter = pg.LSN(d.uint64()), pg.LSN(d.uint64()), d.uint64()
 		c.Object, c.WrappedDEK = d.field(), d.field()
 		c.Ciphertext, d.rest = d.rest, nil
-	case KindDurable:
+	case KindDurable, KindDropPieces:
 		c.Branch, c.Begin = d.uint32(), pg.LSN(d.uint64())
 	case KindArchived:
 		c.Branch = d.uint32()

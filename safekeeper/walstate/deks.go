@@ -71,6 +71,18 @@ func (b *Branch) rewrap(list []Rewrap) (changed int) {
 	return changed
 }
 
+// cutDEKs takes back what pieces of a record that was never whole brought into the index.
+func (b *Branch) cutDEKs() {
+	n := len(b.DEKs)
+	for n > 0 && b.DEKs[n-1].Begin >= b.End {
+		n--
+	}
+	b.DEKs = b.DEKs[:n:n]
+	if n > 0 {
+		b.DEKs[n-1].End = min(b.DEKs[n-1].End, b.End)
+	}
+}
+
 // forgetDEKs drops the DEKs of WAL that is in layers and not in the Raft log any more.
 func (b *Branch) forgetDEKs() {
 	kept := b.Durable

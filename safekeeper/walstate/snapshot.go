@@ -35,7 +35,8 @@ func Restore(data []byte) (*State, error) {
 	s := New()
 	s.applied = im.Applied
 	for _, b := range im.Branches {
-		if b == nil || b.No == 0 || s.branches[b.No] != nil || s.byName[b.Name] != nil || b.End < b.Start || b.Durable > b.End {
+		if b == nil || b.No == 0 || s.branches[b.No] != nil || s.byName[b.Name] != nil || b.End < b.Start || b.Durable > b.End ||
+			b.Held != 0 && b.Held <= b.End {
 			return nil, fmt.Errorf("snapshot of the branch table: a branch is damaged")
 		}
 		if n := len(b.Archive); im.Version == 1 && n > 0 {

@@ -30,7 +30,8 @@ type Archived struct {
 }
 
 // Branch is one branch's log.
-// Invariant (W3): Chunks, and the archive before them, are contiguous and end at End.
+// Invariant (W3): Chunks, and the archive before them, are contiguous and end at End, where a
+// record ends.
 type Branch struct {
 	No      uint32
 	Name    Name
@@ -45,8 +46,12 @@ type Branch struct {
 	// Unindexed is up to where archived WAL may have DEKs that are not in DEKs: it is from before
 	// there was that index. 0: none has.
 	Unindexed pg.LSN `json:",omitempty"`
+	// Held is where the pieces end of a record that is not whole yet; 0: there are none. They are
+	// no part of the log: a new epoch, or a record from End on, forgets them.
+	Held pg.LSN `json:",omitempty"`
 
 	Chunks []Chunk `json:"-"` // those that the Raft log still holds, ascending
+	Pieces []Chunk `json:"-"` // of Held, likewise
 }
 
 // Released is where what the Raft log must keep of the branch begins: below it, WAL is in
@@ -146,9 +151,16 @@ func (s *State) Apply(index uint64, data []byte) (Result, error) {
 	switch c.Kind {
 	case KindOpenEpoch:
 		b.Epoch++
+		b.dropPieces()
 		r.Epoch, r.Start, r.End = b.Epoch, b.Start, b.End
 	case KindAppend:
 		r.Err = b.append(c, index)
+	case KindPiece:
+		r.Err = b.addPiece(c, index)
+	case KindDropPieces:
+		if c.Begin == b.Held {
+			b.dropPieces()
+		}
 	case KindDurable:
 		r.Dropped, r.Err = b.setDurable(c.Begin)
 	case KindArchived:
@@ -184,13 +196,44 @@ func (b *Branch) append(c Command, index uint64) error {
 	switch {
 	case c.Epoch != b.Epoch:
 		return ErrFenced
-	case c.Begin != b.End || c.End <= c.Begin:
+	case c.End <= c.Begin:
+		return ErrGap
+	case c.Begin == b.End: // pieces that went before begin anew, or never
+		b.dropPieces()
+	case b.Held != 0 && c.Begin == b.Held:
+		b.Chunks = append(b.Chunks, b.Pieces...)
+		b.Held, b.Pieces = 0, nil
+	default:
 		return ErrGap
 	}
 	b.End = c.End
 	b.noteDEK(c)
 	b.Chunks = append(b.Chunks, Chunk{Begin: c.Begin, End: c.End, Index: index})
 	return nil
+}
+
+func (b *Branch) addPiece(c Command, index uint64) error {
+	switch {
+	case c.Epoch != b.Epoch:
+		return ErrFenced
+	case c.End <= c.Begin:
+		return ErrGap
+	case c.Begin == b.End: // of a new leader, to which the record is sent again
+		b.dropPieces()
+	case b.Held == 0 || c.Begin != b.Held:
+		return ErrGap
+	}
+	b.Held = c.End
+	b.noteDEK(c)
+	b.Pieces = append(b.Pieces, Chunk{Begin: c.Begin, End: c.End, Index: index})
+	return nil
+}
+
+func (b *Branch) dropPieces() {
+	if b.Held != 0 {
+		b.Held, b.Pieces = 0, nil
+		b.cutDEKs()
+	}
 }
 
 func (b *Branch) setDurable(lsn pg.LSN) (dropped []Archived, err error) {
@@ -225,20 +268,40 @@ func (b *Branch) addArchived(c Command) error {
 // let go.
 func (s *State) Forget(index uint64) {
 	for _, b := range s.branches {
-		n, _ := slices.BinarySearchFunc(b.Chunks, index+1, func(c Chunk, i uint64) int {
-			switch {
-			case c.Index < i:
-				return -1
-			case c.Index > i:
-				return 1
-			}
-			return 0
-		})
-		if n > 0 {
-			b.Chunks = slices.Clone(b.Chunks[n:])
+		had := len(b.Chunks)
+		b.Chunks, b.Pieces = after(b.Chunks, index), after(b.Pieces, index)
+		if len(b.Chunks) < had {
 			b.forgetDEKs()
 		}
 	}
+}
+
+// after is the chunks in entries after index.
+func after(chunks []Chunk, index uint64) []Chunk {
+	n, _ := slices.BinarySearchFunc(chunks, index+1, func(c Chunk, i uint64) int {
+		switch {
+		case c.Index < i:
+			return -1
+		case c.Index > i:
+			return 1
+		}
+		return 0
+	})
+	if n == 0 {
+		return chunks
+	}
+	return slices.Clone(chunks[n:])
+}
+
+// Pinned gives a branch of which entries up to index hold pieces of a record that is not whole
+// yet, which are kept nowhere else and must stay; nil if there is none.
+func (s *State) Pinned(index uint64) *Branch {
+	for _, b := range s.Branches() {
+		if len(b.Pieces) > 0 && b.Pieces[0].Index <= index {
+			return b
+		}
+	}
+	return nil
 }
 
 // Needs tells whether the Raft log's entries up to index hold WAL that is kept nowhere

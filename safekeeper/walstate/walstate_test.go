@@ -19,6 +19,8 @@ func commands() []Command {
 		{Kind: KindArchived, ID: 4, Branch: 1, Begin: 8, End: 24, Bytes: 99},
 		{Kind: KindRewrap, ID: 5, Branch: 1, Rewraps: []Rewrap{{[]byte("o"), []byte("w"), []byte("w2")}, {[]byte("p"), []byte("x"), []byte("x2")}}},
 		{Kind: KindDeleteBranch, ID: 5, Branch: 1},
+		{Kind: KindPiece, Branch: 1, Epoch: 1, Begin: 8, End: 24, Counter: 7, Object: []byte("o"), WrappedDEK: []byte("w"), Ciphertext: []byte("cc")},
+		{Kind: KindDropPieces, ID: 5, Branch: 1, Begin: 16},
 	}
 }
 
@@ -33,7 +35,7 @@ func TestCommandsComeBackAsTheyWent(t *testing.T) {
 			t.Error(diff)
 		}
 		for n := range b {
-			if _, err := Decode(b[:n]); err == nil && c.Kind != KindAppend {
+			if _, err := Decode(b[:n]); err == nil && c.Kind != KindAppend && c.Kind != KindPiece {
 				t.Errorf("kind %d cut to %d of %d bytes is taken", c.Kind, n, len(b))
 			}
 		}
@@ -160,4 +162,90 @@ func TestADeletedBranchsNumberIsNotGivenOutAgain(t *testing.T) {
 	if r := apply(t, s, first, nil); r.Branch.No != 3 || r.Branch.End != 8 {
 		t.Errorf("made anew: %+v, want number 3 and an empty log", r.Branch)
 	}
+}
+
+// Pieces of a record are no part of the log until its last one comes, and hold the Raft log until then.
+func TestPieces(t *testing.T) {
+	cmd := func(kind Kind, epoch, begin, end uint64) Command {
+		return Command{Kind: kind, Branch: 1, Epoch: epoch, Begin: pg.LSN(begin), End: pg.LSN(end), Object: []byte{byte('a' + begin/24)}, WrappedDEK: []byte("w")}
+	}
+	start := func(t *testing.T) *State {
+		s := New()
+		apply(t, s, Command{Kind: KindCreateBranch, Name: Name{"p", "b"}, Begin: 8}, nil)
+		apply(t, s, Command{Kind: KindOpenEpoch, Branch: 1}, nil)
+		apply(t, s, cmd(KindAppend, 1, 8, 16), nil)
+		apply(t, s, cmd(KindPiece, 1, 16, 24), nil)
+		apply(t, s, cmd(KindPiece, 1, 24, 32), nil)
+		return s
+	}
+	want := func(t *testing.T, s *State, end, held pg.LSN, chunks, pieces int) {
+		t.Helper()
+		if b := s.Branch(1); b.End != end || b.Held != held || len(b.Chunks) != chunks || len(b.Pieces) != pieces {
+			t.Fatalf("%+v; want end %v, held %v, %d chunks, %d pieces", b, end, held, chunks, pieces)
+		}
+		if pinned := s.Pinned(s.Applied()) != nil; pinned != (pieces > 0) {
+			t.Fatalf("pinned: %v", pinned)
+		}
+		b := s.Branch(1)
+		for i, d := range b.DEKs { // ascending, to the end of what there is
+			if d.Begin >= d.End || i > 0 && d.Begin < b.DEKs[i-1].End {
+				t.Fatalf("DEKs: %+v", b.DEKs)
+			}
+		}
+		if n := len(b.DEKs); n == 0 || b.DEKs[n-1].End != max(b.End, b.Held) {
+			t.Fatalf("DEKs: %+v", b.DEKs)
+		}
+	}
+	for name, c := range map[string]struct {
+		do           []Command
+		err          error // the last one's
+		end, held    pg.LSN
+		chunks, open int
+	}{
+		"whole":            {[]Command{cmd(KindAppend, 1, 32, 40)}, nil, 40, 0, 4, 0},
+		"and more":         {[]Command{cmd(KindAppend, 1, 32, 40), cmd(KindAppend, 1, 40, 48)}, nil, 48, 0, 5, 0},
+		"a gap":            {[]Command{cmd(KindPiece, 1, 40, 48)}, ErrGap, 16, 32, 1, 2},
+		"a gap at the end": {[]Command{cmd(KindAppend, 1, 40, 48)}, ErrGap, 16, 32, 1, 2},
+		"twice":            {[]Command{cmd(KindPiece, 1, 24, 32)}, ErrGap, 16, 32, 1, 2},
+		"empty":            {[]Command{cmd(KindPiece, 1, 32, 32)}, ErrGap, 16, 32, 1, 2},
+		"sent again":       {[]Command{cmd(KindPiece, 1, 16, 24)}, nil, 16, 24, 1, 1},
+		"given up":         {[]Command{cmd(KindAppend, 1, 16, 24)}, nil, 24, 0, 2, 0},
+		"old epoch":        {[]Command{cmd(KindPiece, 0, 32, 40)}, ErrFenced, 16, 32, 1, 2},
+		"new epoch":        {[]Command{{Kind: KindOpenEpoch, Branch: 1}}, nil, 16, 0, 1, 0},
+		"the end, fenced":  {[]Command{{Kind: KindOpenEpoch, Branch: 1}, cmd(KindAppend, 1, 32, 40)}, ErrFenced, 16, 0, 1, 0},
+		"the end of other": {[]Command{{Kind: KindOpenEpoch, Branch: 1}, cmd(KindAppend, 2, 32, 40)}, ErrGap, 16, 0, 1, 0},
+		"dropped":          {[]Command{{Kind: KindDropPieces, Branch: 1, Begin: 32}}, nil, 16, 0, 1, 0},
+		"dropped late":     {[]Command{{Kind: KindDropPieces, Branch: 1, Begin: 24}}, nil, 16, 32, 1, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := start(t)
+			for i, cmd := range c.do {
+				var err error
+				if i == len(c.do)-1 {
+					err = c.err
+				}
+				apply(t, s, cmd, err)
+			}
+			want(t, s, c.end, c.held, c.chunks, c.open)
+		})
+	}
+	// A replica that begins from a snapshot in the middle comes to the same log. Its Raft log
+	// does not have the pieces before: they are in the archive, or the snapshot would not be.
+	s := start(t)
+	b, err := s.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := Restore(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*State{s, back} {
+		apply(t, s, cmd(KindPiece, 1, 32, 40), nil)
+		apply(t, s, cmd(KindAppend, 1, 40, 48), nil)
+	}
+	want(t, s, 48, 0, 5, 0)
+	want(t, back, 48, 0, 2, 0)
+	s.Forget(4)
+	want(t, s, 48, 0, 3, 0)
 }

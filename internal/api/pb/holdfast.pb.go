@@ -3065,11 +3065,14 @@ func (x *OpenEpochResponse) GetStartLsn() uint64 {
 type AppendRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// project, branch and epoch are set in a stream's first request only.
-	Project       string `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
-	Branch        string `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
-	Epoch         uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	BeginLsn      uint64 `protobuf:"fixed64,4,opt,name=begin_lsn,json=beginLsn,proto3" json:"begin_lsn,omitempty"`
-	Wal           []byte `protobuf:"bytes,5,opt,name=wal,proto3" json:"wal,omitempty"` // raw WAL bytes, page headers included; may be empty: asks for an answer
+	Project  string `protobuf:"bytes,1,opt,name=project,proto3" json:"project,omitempty"`
+	Branch   string `protobuf:"bytes,2,opt,name=branch,proto3" json:"branch,omitempty"`
+	Epoch    uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	BeginLsn uint64 `protobuf:"fixed64,4,opt,name=begin_lsn,json=beginLsn,proto3" json:"begin_lsn,omitempty"`
+	Wal      []byte `protobuf:"bytes,5,opt,name=wal,proto3" json:"wal,omitempty"` // raw WAL bytes, page headers included; may be empty: asks for an answer
+	// wal is a piece of one large record, which goes on with the next request and is committed
+	// with its last piece.
+	Partial       bool `protobuf:"varint,6,opt,name=partial,proto3" json:"partial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3137,6 +3140,13 @@ func (x *AppendRequest) GetWal() []byte {
 		return x.Wal
 	}
 	return nil
+}
+
+func (x *AppendRequest) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
 }
 
 type AppendResponse struct {
@@ -6305,13 +6315,14 @@ const file_holdfast_proto_rawDesc = "" +
 	"\x11OpenEpochResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x17\n" +
 	"\aend_lsn\x18\x02 \x01(\x06R\x06endLsn\x12\x1b\n" +
-	"\tstart_lsn\x18\x03 \x01(\x06R\bstartLsn\"\x86\x01\n" +
+	"\tstart_lsn\x18\x03 \x01(\x06R\bstartLsn\"\xa0\x01\n" +
 	"\rAppendRequest\x12\x18\n" +
 	"\aproject\x18\x01 \x01(\tR\aproject\x12\x16\n" +
 	"\x06branch\x18\x02 \x01(\tR\x06branch\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x1b\n" +
 	"\tbegin_lsn\x18\x04 \x01(\x06R\bbeginLsn\x12\x10\n" +
-	"\x03wal\x18\x05 \x01(\fR\x03wal\"5\n" +
+	"\x03wal\x18\x05 \x01(\fR\x03wal\x12\x18\n" +
+	"\apartial\x18\x06 \x01(\bR\apartial\"5\n" +
 	"\x0eAppendResponse\x12#\n" +
 	"\rcommitted_lsn\x18\x01 \x01(\x06R\fcommittedLsn\"w\n" +
 	"\vReadRequest\x12\x18\n" +
