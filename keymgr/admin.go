@@ -162,3 +162,12 @@ func (s *Server) CheckCMK(ctx context.Context, matches func(cmk string) bool) ([
 	})
 	return names, failed.err
 }
+
+// Notified checks the keys that a notice of their KMS is of. The audit log says why they were checked then.
+func (s *Server) Notified(ctx context.Context, source, what string, names []string, matches func(cmk string) bool) ([]string, error) {
+	detail := fmt.Sprintf("%.40s: %.200s of %.400s", source, what, strings.Join(names, ", "))
+	if err := s.audit.append(ctx, Event{Event: "kms.notice", Outcome: "ok", Detail: detail}); err != nil {
+		return nil, err
+	}
+	return s.CheckCMK(ctx, matches)
+}

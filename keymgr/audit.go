@@ -34,7 +34,7 @@ type Event struct {
 	Time time.Time `json:"time"`
 	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, cmk.wrap, cmk.unwrap,
 	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, dek.generated,
-	// dek.unwrapped, key.held, key.released, key.grace, receipt.opened, receipt.completed, shred.reported.
+	// dek.unwrapped, key.held, key.released, key.grace, kms.notice, receipt.opened, receipt.completed, shred.reported.
 	Event      string   `json:"event"`
 	Outcome    string   `json:"outcome"` // ok, denied, unreachable, unknown, failed
 	Project    string   `json:"project,omitempty"`

@@ -26,6 +26,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/keymgr"
+	"github.com/holdfastdb/holdfast/keymgr/hook"
 	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
 	"github.com/holdfastdb/holdfast/manager"
 	"github.com/holdfastdb/holdfast/pageserver"
@@ -142,7 +143,23 @@ func startKeymgr(cfg *config.Keymgr, log *slog.Logger) (*service, error) {
 	}); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
+	if err := s.startHook(cfg.Hook, srv, log); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
 	return s, nil
+}
+
+// startHook listens for notices of keys, if that is configured.
+func (s *service) startHook(cfg *config.KeyHook, srv *keymgr.Server, log *slog.Logger) error {
+	if cfg == nil {
+		return nil
+	}
+	h, err := hook.Start(hook.Config{Listen: cfg.Listen, TokenFile: cfg.TokenFile, CertFile: cfg.CertFile, KeyFile: cfg.KeyFile,
+		CAFile: cfg.CAFile, Checker: srv, Logger: log.With("role", "keymgr", "part", "hook")})
+	if err == nil {
+		s.onClose(h.Close)
+	}
+	return err
 }
 
 func startSafekeeper(cfg *config.Safekeeper, log *slog.Logger) (*service, error) {

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -44,5 +45,28 @@ func TestSaveThenLoad(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestHookOfTheKeyManager(t *testing.T) {
+	whole := KeyHook{Listen: "127.0.0.1:1", TokenFile: "/t"}
+	negative := -time.Second
+	for name, tc := range map[string]struct {
+		change func(*Keymgr)
+		want   string
+	}{
+		"as it should be": {func(*Keymgr) {}, ""},
+		"no token":        {func(c *Keymgr) { c.Hook.TokenFile = "" }, "hook.token_file is missing"},
+		"no key":          {func(c *Keymgr) { c.Hook.CertFile = "/c" }, "both of cert_file and key_file"},
+		"no certificate":  {func(c *Keymgr) { c.Hook.CAFile = "/ca" }, "cert_file is missing"},
+		"negative grace":  {func(c *Keymgr) { c.Grace = &negative }, "grace cannot be negative"},
+	} {
+		h := whole
+		c := Keymgr{Listen: "unix:/k", Dir: "/d", Bucket: "/b", LocalKMS: "/l", Hook: &h}
+		tc.change(&c)
+		err := c.Validate()
+		if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
 	}
 }
