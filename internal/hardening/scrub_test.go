@@ -15,8 +15,11 @@ import (
 	"testing"
 )
 
-// keptAlive is a part of what shares pages with what is freed.
-var keptAlive [][]byte
+// keptAlive shares pages with what is freed; garbage is on the heap.
+var (
+	keptAlive [][]byte
+	garbage   []byte
+)
 
 // scrubChild leaves copies of a secret in garbage of each kind, and is asked what is left of them.
 func scrubChild() {
@@ -45,13 +48,12 @@ var pool = sync.Pool{New: func() any { return new([512]byte) }}
 func litter(secret []byte) {
 	for range 500 {
 		keptAlive = append(keptAlive, make([]byte, 64))
-		garbage := make([]byte, 64)
+		garbage = make([]byte, 64)
 		copy(garbage, secret)
 		keptAlive = append(keptAlive, make([]byte, 64))
-		runtime.KeepAlive(garbage)
 	}
-	large := bytes.Repeat(secret, 64<<10)
-	runtime.KeepAlive(large)
+	garbage = bytes.Repeat(secret, 64<<10)
+	garbage = nil
 	pooled := pool.Get().(*[512]byte)
 	copy(pooled[:], secret)
 	pool.Put(pooled)
