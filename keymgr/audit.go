@@ -47,6 +47,8 @@ type Event struct {
 	RequestID  string   `json:"request_id,omitempty"` // the KMS's, to find the call in its log
 	Objects    []string `json:"objects,omitempty"`    // of DEKs: purpose/branch/object
 	Detail     string   `json:"detail,omitempty"`
+	// Instance tells logs of several key managers apart: with log.opened, random for each start of one.
+	Instance string `json:"instance,omitempty"`
 }
 
 const (
@@ -95,7 +97,7 @@ func openAudit(dir string) (*auditLog, error) {
 	l := &auditLog{dir: dir, maxFile: auditFileSize, lock: lock, requests: make(chan *auditRequest), stop: make(chan struct{})}
 	err = l.reopen()
 	if err == nil {
-		err = l.write([]Event{{Event: "log.opened", Outcome: "ok"}})
+		err = l.write([]Event{{Event: "log.opened", Outcome: "ok", Instance: newLeaseID()}})
 	}
 	if err != nil {
 		return nil, errors.Join(err, l.closeFiles())
