@@ -2,9 +2,7 @@ package manager
 
 import (
 	"context"
-	"fmt"
 	"sort"
-	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -78,54 +76,4 @@ func (m *Manager) Credentials(ctx context.Context, r *pb.EndpointRequest) (*pb.C
 		return nil, err
 	}
 	return &pb.CredentialsResponse{User: superuser, Password: password}, nil
-}
-
-// statusTimeout bounds what one silent part can cost a status call.
-const statusTimeout = 2 * time.Second
-
-// ClusterStatus asks every role how it is.
-func (m *Manager) ClusterStatus(ctx context.Context, _ *pb.ClusterStatusRequest) (*pb.ClusterStatusResponse, error) {
-	resp := &pb.ClusterStatusResponse{}
-	ask := func(what string, call func(context.Context) error) {
-		callCtx, cancel := context.WithTimeout(ctx, statusTimeout)
-		defer cancel()
-		if err := call(callCtx); err != nil {
-			resp.Errors = append(resp.Errors, fmt.Sprintf("%s: %v", what, err))
-		}
-	}
-	for i, client := range m.safekeepers {
-		ask("safekeeper at "+m.cfg.Safekeepers[i], func(ctx context.Context) error {
-			st, err := client.Status(ctx, &pb.SafekeeperStatusRequest{})
-			if err == nil {
-				resp.Safekeepers = append(resp.Safekeepers, st)
-			}
-			return err
-		})
-	}
-	ask("pageserver", func(ctx context.Context) (err error) {
-		resp.Pageserver, err = m.pageserver.Status(ctx, &pb.PageServerStatusRequest{})
-		return err
-	})
-	ask("bucket", func(ctx context.Context) error {
-		c, _, err := loadCluster(ctx, m.cfg.Store)
-		if err != nil {
-			return err
-		}
-		for _, p := range c.Projects {
-			ask("key of project "+p.ID, func(ctx context.Context) error {
-				st, err := m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: p.ID})
-				if err == nil {
-					resp.Keys = append(resp.Keys, &pb.ProjectKeyStatus{Project: p.ID, Status: st})
-				}
-				return err
-			})
-		}
-		return nil
-	})
-	list, err := m.ListEndpoints(ctx, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp.Endpoints = list.Endpoints
-	return resp, nil
 }

@@ -133,6 +133,9 @@ func (r *rehearsal) revocation(ctx context.Context) (bound time.Duration, err er
 		return 0, err
 	}
 	defer watch.close()
+	if err := watch.writing(ctx, &r.led); err != nil {
+		return 0, err
+	}
 	begun, st, err := r.deny(ctx)
 	if err != nil {
 		return 0, err
@@ -197,10 +200,14 @@ func (r *rehearsal) await(ctx context.Context, limit time.Duration, wanted func(
 func (r *rehearsal) receipt(ctx context.Context, begun time.Time) error {
 	for {
 		list, err := r.m.keyAdmin.ListReceipts(ctx, r.ref())
-		if n := len(list.GetReceipts()); err == nil && n > 0 && complete(list.Receipts) {
+		if err == nil && len(list.Receipts) > 0 && complete(list.Receipts) {
 			took := time.Since(begun)
-			return errors.Join(r.tell(&pb.RehearseEvent{Step: "the receipt is complete", Receipt: list.Receipts[n-1]}),
-				r.measured("revoke to the receipt complete: every node has wiped its keys and dropped what it held", took))
+			for _, receipt := range list.Receipts {
+				if err := r.tell(&pb.RehearseEvent{Step: "the receipt is complete:", Receipt: receipt}); err != nil {
+					return err
+				}
+			}
+			return r.measured("revoke to the receipt complete: every process has wiped its keys and dropped what it held", took)
 		}
 		select {
 		case <-time.After(rehearsalPoll):

@@ -160,6 +160,20 @@ func idle(ctx context.Context, conn *pgx.Conn) error {
 	}
 }
 
+// writing waits until the writer is in the middle of its work.
+func (w *watched) writing(ctx context.Context, l *ledger) error {
+	for l.acknowledged() < 2*rehearsalRows {
+		select {
+		case e := <-w.ended:
+			return fmt.Errorf("a connection ended before the key was revoked: %w", e.err)
+		case <-time.After(rehearsalPoll):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
 // wait waits until both have ended, and gives when.
 func (w *watched) wait(ctx context.Context) (last time.Time, err error) {
 	for len(w.ends) < len(w.conns) {
