@@ -303,9 +303,18 @@ func printStatus(w io.Writer, st *pb.ClusterStatusResponse) error {
 	for _, b := range st.GetPageserver().GetBranches() {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d MiB\t%s\n", b.Branch, pg.LSN(b.IngestedLsn), pg.LSN(b.DurableLsn), b.Layers, b.LayerBytes>>20, b.Error)
 	}
-	fmt.Fprintln(tw, "\nKEY OF PROJECT\tCMK\tSTATE\tKEK VERSION\tPROVIDER SAYS")
+	var keys []*pb.KeyStatusResponse
 	for _, k := range st.Keys {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\n", k.Project, k.Status.Cmk, k.Status.State, k.Status.KekVersion, k.Status.ProviderError)
+		keys = append(keys, k.Status)
+	}
+	if len(keys) > 0 {
+		fmt.Fprintln(tw)
+		if err := tw.Flush(); err != nil {
+			return err
+		}
+		if err := printKeyTable(w, time.Now(), keys); err != nil {
+			return err
+		}
 	}
 	for _, e := range st.Errors {
 		fmt.Fprintf(tw, "\nnot answering: %s\n", e)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/shredreport"
 )
 
 const (
@@ -132,12 +133,10 @@ func (k *fakeRoles) RevokeKey(_ context.Context, r *pb.RevokeKeyRequest) (*pb.Ke
 	id := keyID(r.Key.Project, r.Key.Branch)
 	now := time.Now().UnixMicro()
 	report := &pb.ShredReport{LeaseId: "l1", Key: id, Node: "pageserver", Pid: 42, Reason: r.Reason, Keys: 7, KeysWipedUnixUs: now + 2000,
-		ShreddedUnixUs: now + 15_000, Dropped: []string{"12 pages of the open layer"}, PublicKey: k.public}
-	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(report)
-	if err != nil {
+		ShreddedUnixUs: now + 15_000, Dropped: []string{"12 pages of the open layer"}}
+	if err := shredreport.Sign(report, k.sign); err != nil {
 		return nil, err
 	}
-	report.Signature = ed25519.Sign(k.sign, append([]byte("holdfast shred report v1\n"), body...))
 	k.mu.Lock()
 	n := len(k.mu.receipts[id])
 	k.mu.receipts[id] = append(k.mu.receipts[id], &pb.Receipt{Id: fmt.Sprintf("r%d", n+1), Key: id, Cmk: "dev", Cause: "held", Detail: r.Reason, RevokedUnixUs: now + int64(n),

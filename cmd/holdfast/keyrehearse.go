@@ -29,7 +29,7 @@ in the end.
 With --wait-for-denial the key is not held back by Holdfast: you are asked to disable the CMK in your KMS, and later to enable it again.
 Use a CMK made for it (--cmk): disabling the project's own shuts the project.`,
 		Example: `  holdfast key rehearse
-  holdfast key rehearse --cmk aws:arn:aws:kms:… --wait-for-denial`,
+  holdfast key rehearse --cmk aws-kms:arn:aws:kms:… --wait-for-denial`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return f.with(cmd, rehearseTimeout, func(ctx context.Context, c *keyClient) error {
 				return c.rehearse(ctx, cmd.OutOrStdout(), r)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -67,10 +66,15 @@ func printKeyStates(w io.Writer, now time.Time, keys []*pb.KeyStatusResponse) er
 	if len(keys) == 1 {
 		return printKeyState(w, now, keys[0])
 	}
+	return printKeyTable(w, now, keys)
+}
+
+// printKeyTable shows a key a line.
+func printKeyTable(w io.Writer, now time.Time, keys []*pb.KeyStatusResponse) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "KEY\tSTATE\tHOLDERS\tKEK VERSION\tCMK\tCONTROLLED BY")
+	fmt.Fprintln(tw, "KEY\tSTATE\tHOLDERS\tKEK VERSION\tCMK\tCONTROLLED BY\tTHE KMS SAYS")
 	for _, k := range keys {
-		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%s\t%s\n", k.Key, stateWords(now, k), len(k.Holders), k.KekVersion, k.Cmk, cmp.Or(k.ControlledBy, "-"))
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%s\t%s\t%s\n", k.Key, stateWords(now, k), len(k.Holders), k.KekVersion, k.Cmk, k.ControlledBy, k.ProviderError)
 	}
 	return tw.Flush()
 }

@@ -151,7 +151,7 @@ func newKeyChange(f *keyFlags) *cobra.Command {
 		Use: "change --cmk CMK", Short: "Move the key to another CMK, of the same or another provider", Args: cobra.NoArgs,
 		Long: `Move the key to another CMK, of the same or another provider, online. The old CMK has to say yes once more; when the command is
 done nothing needs it. The key manager must have both (kms: and cmks: of its configuration).`,
-		Example: `  holdfast key change --cmk aws:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab
+		Example: `  holdfast key change --cmk aws-kms:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab
   holdfast key change --cmk vault:transit/keys/holdfast`,
 	}, &to)
 	cmd.Flags().StringVar(&to, "cmk", "", "the CMK that the key is to have, KIND:KEY")

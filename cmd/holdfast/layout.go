@@ -122,7 +122,7 @@ func (l layout) safekeeperAddrs() []string {
 }
 
 func (l layout) keymgrConfig() *config.Keymgr {
-	return &config.Keymgr{Listen: l.socket("keymgr"), Dir: l.path("keymgr"), Bucket: l.bucket(), LocalKMS: l.localKMS(), CMKs: []string{cmk}}
+	return &config.Keymgr{Listen: l.socket("keymgr"), Dir: l.path("keymgr"), Bucket: l.bucket(), LocalKMS: l.localKMS()} // any CMK: all that its development KMS has are the user's own
 }
 
 func (l layout) safekeeperConfig(id uint64) *config.Safekeeper {
