@@ -32,6 +32,8 @@ func (s *Server) callError(err error) error {
 		return refusal(lease.Denied, "%v", err)
 	case errors.As(err, &pe), errors.Is(err, seal.ErrWiped): // wiped meanwhile: why, the next lease tells
 		return refusal(lease.Unreachable, "%v", err)
+	case errors.Is(err, errRetired):
+		return rpc.Error(codes.OutOfRange, nil, "%v", err)
 	case errors.Is(err, blob.ErrNotFound):
 		return rpc.Error(codes.NotFound, nil, "%v", err)
 	case errors.Is(err, seal.ErrDamaged):

@@ -169,6 +169,9 @@ func (k *keyState) noteCheck(err error) {
 // unwrapKEK asks the KMS, always, and keeps the KEK. The caller has entered k.
 func (s *Server) unwrapKEK(ctx context.Context, k *keyState, doc *document, version uint32) (*seal.KEK, error) {
 	w := doc.find(version)
+	if w == nil && version > 0 && version < doc.Current {
+		return nil, fmt.Errorf("version %d of the KEK of %s: %w; the current one is %d", version, k.id.words(), errRetired, doc.Current)
+	}
 	if w == nil {
 		return nil, fmt.Errorf("version %d of the KEK of %s is not in %s: %w", version, k.id.words(), k.id.document(), seal.ErrDamaged)
 	}

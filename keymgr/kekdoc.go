@@ -58,6 +58,8 @@ type hold struct {
 type rewrapTarget struct {
 	CMK         string `json:"cmk"`
 	SinceUnixMS int64  `json:"since_unix_ms"`
+	// Done are the versions of the KEK that have been wrapped again since.
+	Done []uint32 `json:"done,omitempty"`
 }
 
 const (

@@ -83,6 +83,7 @@ type Server struct {
 	receipts *receiptBook
 	services *serviceSlots
 	began    time.Time
+	rewraps  turns
 	stop     context.CancelFunc
 	ctx      context.Context // ends with Close
 	wg       sync.WaitGroup
@@ -124,9 +125,10 @@ func New(cfg Config) (*Server, error) {
 	s.mu.keys = make(map[keyID]*keyState)
 	s.mu.refused = make(map[keyID]map[string]bool)
 	s.mu.checking = make(map[string]bool)
-	s.wg.Add(2)
+	s.wg.Add(3)
 	go s.tick()
 	go s.receipts.run()
+	go s.keepRewrapping()
 	return s, nil
 }
 

@@ -67,6 +67,7 @@ type Manager struct {
 	stopAttach context.CancelFunc
 	attachDone chan struct{}
 	sweepDone  chan struct{}
+	rotateDone chan struct{}
 
 	started    chan struct{} // closed when the branches that an earlier manager left are known
 	branchTurn chan struct{} // holds a token of who makes, removes or rehearses with a branch
@@ -145,9 +146,10 @@ func (m *Manager) Start(ctx context.Context) error {
 		m.cfg.Log.Warn("attaching branches", "error", err)
 	}
 	attachCtx, cancel := context.WithCancel(context.Background())
-	m.stopAttach, m.attachDone, m.sweepDone = cancel, make(chan struct{}), make(chan struct{})
+	m.stopAttach, m.attachDone, m.sweepDone, m.rotateDone = cancel, make(chan struct{}), make(chan struct{}), make(chan struct{})
 	go m.keepAttached(attachCtx)
 	go func() { defer close(m.sweepDone); m.sweep(attachCtx, c.Leftovers) }()
+	go m.rotateWhenDue(attachCtx)
 	close(m.started)
 
 	var wanted []*supervisor
@@ -285,6 +287,7 @@ func (m *Manager) Close(ctx context.Context) error {
 		m.stopAttach()
 		<-m.attachDone
 		<-m.sweepDone
+		<-m.rotateDone
 	}
 	m.mu.Lock()
 	endpoints := make([]*supervisor, 0, len(m.mu.endpoints))

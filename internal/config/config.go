@@ -140,6 +140,7 @@ type Manager struct {
 	Settings       map[string]string `yaml:"settings"`        // postgresql.conf settings of endpoints
 	CacheBytes     int64             `yaml:"cache_bytes"`     // of an endpoint's local sealed store; 0: the default
 	VerifyPages    bool              `yaml:"verify_pages"`    // endpoints compare what they wrote with the page server; slow, for tests
+	RotateEvery    time.Duration     `yaml:"rotate_every"`    // age at which a KEK is replaced by a new version; 0: by command alone
 }
 
 // Compute configures one endpoint's agent.
