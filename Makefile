@@ -6,10 +6,13 @@ export GOFLAGS ?= -trimpath
 FUZZTIME ?= 20s
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms ./test/fips
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms|fips)$$')
 
-.PHONY: run test build lint fmt vet staticcheck vuln unit e2e fuzz soak bench clean setup-run setup-test setup-suites test-postgres
+# What encrypts, and what asks a KMS, runs in Go's FIPS 140-3 mode as well; ./test/fips runs a cluster in it.
+FIPS = ./internal/seal ./internal/keyring ./internal/dekwire ./internal/hardening ./keymgr/... ./compute/scratch ./pageserver/layer
+
+.PHONY: run test build lint fmt vet staticcheck vuln unit fips e2e fuzz soak bench clean setup-run setup-test setup-suites test-postgres
 
 run: setup-run build ## a cluster over ./data, then psql in it
 	@scripts/run.sh $(ARGS)
@@ -36,6 +39,9 @@ vuln: ## known vulnerabilities in what is called; needs the network
 
 unit: ## tests of one package each, under the race detector
 	@go run ./test/runtests unit -race -timeout 10m $(UNIT)
+
+fips: ## the tests of what encrypts, in Go's FIPS 140-3 mode
+	@GODEBUG=fips140=on go run ./test/runtests fips -count=1 -timeout 10m $(FIPS)
 
 e2e: build ## tests of whole clusters with real PostgreSQL
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/runtests e2e -count=1 -p 1 -timeout 40m $(E2E)

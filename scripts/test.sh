@@ -36,6 +36,7 @@ step vet $make vet
 step staticcheck $make staticcheck
 step govulncheck $make vuln
 step unit $make unit
+step fips $make fips
 step fuzz $make fuzz
 step e2e $make e2e
 

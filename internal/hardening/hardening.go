@@ -4,6 +4,7 @@ package hardening
 
 import (
 	"bufio"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"io"
@@ -51,8 +52,11 @@ func Process() (warnings []string) {
 	return warnings
 }
 
-// Apply calls Process and logs what could not be done.
+// Apply calls Process and logs what could not be done, and in which mode cryptography works.
 func Apply(log *slog.Logger) {
+	if fips140.Enabled() {
+		log.Info("cryptography is in FIPS 140-3 mode", "fips140", "on", "module", fips140.Version())
+	}
 	for _, w := range Process() {
 		log.Warn("hardening is incomplete: " + w)
 	}
