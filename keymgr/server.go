@@ -143,6 +143,7 @@ func (c *Config) times() lease.Config {
 		Grace:         *c.Grace,
 		Idle:          c.LeaseTTL + c.CheckInterval,
 		Resume:        30 * time.Second,
+		ResumeQuiet:   2 * time.Second,
 	}
 }
 

@@ -61,6 +61,7 @@ type Config struct {
 	Grace         time.Duration // of keys without their own
 	Idle          time.Duration // how long KEKs stay without leases after the last good check
 	Resume        time.Duration // how long a key that came back counts as resuming at the most
+	ResumeQuiet   time.Duration // and how long it does for nodes that have not asked since: some need it no more
 }
 
 // Kind is a kind of decision.
@@ -138,7 +139,8 @@ type key struct {
 	grace  time.Duration
 	leases map[string]*Lease
 
-	// lost holds the nodes whose leases ended with the key, until they hold one again.
+	// lost holds the nodes whose leases ended with the key, until they hold one again; true: the
+	// node has asked for one since, and so waits for it.
 	lost      map[string]bool
 	resumed   Instant // when the key came back
 	lastUsed  Instant
@@ -213,6 +215,9 @@ func (k *key) why() Outcome {
 func (m *Machine) Request(now Instant, a Ask) Decision {
 	k := m.key(now, a.Key)
 	k.lastUsed = now
+	if _, lost := k.lost[a.Node]; lost {
+		k.lost[a.Node] = true
+	}
 	m.settle(now, k)
 	switch {
 	case k.held:
@@ -309,7 +314,7 @@ func (m *Machine) endLeases(k *key) (ended []Lease) {
 	for _, l := range k.leases {
 		ended = append(ended, *l)
 		delete(m.leases, l.ID)
-		k.lost[l.Node] = true
+		k.lost[l.Node] = false
 	}
 	clear(k.leases)
 	sortLeases(ended)
@@ -401,13 +406,15 @@ func (m *Machine) stateOf(now Instant, k *key) State {
 	return StateUnreachable
 }
 
-// activeState is Resuming from a revocation until who lost leases holds them again.
+// activeState is Resuming from a revocation until who lost leases, and waits, holds them again.
 func (m *Machine) activeState(now Instant, k *key) State {
 	if k.state == Revoked || k.state == StateUnreachable {
 		k.resumed = now
 	}
-	if len(k.lost) > 0 && now-k.resumed < m.cfg.Resume {
-		return Resuming
+	for _, waits := range k.lost {
+		if since := now - k.resumed; since < m.cfg.ResumeQuiet || waits && since < m.cfg.Resume {
+			return Resuming
+		}
 	}
 	clear(k.lost)
 	return Active
@@ -463,7 +470,7 @@ func (m *Machine) expire(now Instant, k *key) (expired []Lease) {
 		delete(m.leases, id)
 		delete(k.leases, id)
 		if k.state == StateUnreachable {
-			k.lost[l.Node] = true
+			k.lost[l.Node] = false
 		}
 	}
 	return expired

@@ -9,7 +9,7 @@ import (
 
 const s = time.Second
 
-var cfg = Config{CheckInterval: 5 * s, Lead: s, TTL: 10 * s, RetryGap: s / 2, MaxRetryGap: 5 * s / 2, Idle: 20 * s, Resume: 30 * s}
+var cfg = Config{CheckInterval: 5 * s, Lead: s, TTL: 10 * s, RetryGap: s / 2, MaxRetryGap: 5 * s / 2, Idle: 20 * s, Resume: 30 * s, ResumeQuiet: 2 * s}
 
 func ask(key, node, id, newID string) Ask { return Ask{Key: key, Node: node, ID: id, NewID: newID} }
 
@@ -261,6 +261,21 @@ func TestChangesAreToldOnce(t *testing.T) {
 	m.CheckResult(6*s, 6*s, "p", Denied)
 	m.CheckResult(7*s, 7*s, "p", OK)
 	m.Changes()
-	m.Tick(7*s + cfg.Resume)
+	m.Tick(9*s - 1)
+	want(t, "a node that does not come back, at first", states(), []State(nil))
+	m.Tick(9 * s)
 	want(t, "a node that does not come back", states(), []State{Active})
+}
+
+func TestResumingLastsForThoseWhoWait(t *testing.T) {
+	m := New(cfg)
+	m.CheckResult(0, 0, "p", OK)
+	m.Request(0, ask("p", "waits", "", "l1"))
+	m.Request(0, ask("p", "needs it no more", "", "l2"))
+	m.CheckResult(s, s, "p", Denied)
+	m.Request(2*s, ask("p", "waits", "", "l3"))
+	m.CheckResult(3*s, 3*s, "p", OK)
+	want(t, "a while after", m.Status(6*s, "p").State, Resuming)
+	m.Request(6*s, ask("p", "waits", "", "l3"))
+	want(t, "leased again", m.Status(6*s, "p").State, Active)
 }
