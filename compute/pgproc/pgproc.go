@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfastdb/holdfast/internal/proctree"
 )
 
 // DebianBin is where Debian's and Ubuntu's packages put PostgreSQL 15's programs.
@@ -221,7 +223,7 @@ func (p *Process) Signal(sig syscall.Signal) { _ = p.cmd.Process.Signal(sig) }
 func (p *Process) Kill() {
 	if !Isolated() {
 		p.Signal(syscall.SIGSTOP) // it must not start more meanwhile
-		for _, pid := range descendants(p.PID()) {
+		for _, pid := range proctree.Below(p.PID()) {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfastdb/holdfast/internal/proctree"
 )
 
 // buffer is a bytes.Buffer that may be read meanwhile.
@@ -60,7 +62,7 @@ func TestKill(t *testing.T) {
 	p := start(t, "setsid sleep "+mark+" & (sleep "+mark+") & echo up; wait", &out)
 	count := func() int {
 		n := 0
-		for _, pid := range descendants(os.Getpid()) {
+		for _, pid := range proctree.Below(os.Getpid()) {
 			cmdline, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
 			if strings.HasPrefix(string(cmdline), "sleep\x00"+mark) {
 				n++

@@ -1,4 +1,5 @@
-package pgproc
+// Package proctree finds the processes below one.
+package proctree
 
 import (
 	"bytes"
@@ -6,9 +7,9 @@ import (
 	"strconv"
 )
 
-// descendants lists the processes below pid: /proc is the one place that knows them, since
+// Below lists the processes below pid: /proc is the one place that knows them, since
 // each of Postgres's processes is its own session and process group.
-func descendants(pid int) []int {
+func Below(pid int) []int {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil
@@ -19,7 +20,7 @@ func descendants(pid int) []int {
 		if err != nil {
 			continue
 		}
-		if parent, ok := parentOf(child); ok {
+		if parent, ok := Parent(child); ok {
 			children[parent] = append(children[parent], child)
 		}
 	}
@@ -31,9 +32,9 @@ func descendants(pid int) []int {
 	return all
 }
 
-// parentOf reads the fourth field of /proc/<pid>/stat; the second, a name in parentheses,
+// Parent reads the fourth field of /proc/<pid>/stat; the second, a name in parentheses,
 // may hold anything.
-func parentOf(pid int) (int, bool) {
+func Parent(pid int) (int, bool) {
 	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
 		return 0, false
