@@ -114,7 +114,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().String("data", "data", "folder that holds the cluster, one folder per role")
-	root.AddCommand(newUp(), newPsql(), newStatus(), newEndpoint(), newBranch(), newKey(), newKMS(), newAudit())
+	root.AddCommand(newUp(), newGuard(), newPsql(), newStatus(), newEndpoint(), newBranch(), newKey(), newKMS(), newAudit())
 	root.AddCommand(newRoles()...)
 	return root
 }

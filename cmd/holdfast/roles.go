@@ -25,6 +25,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/scrub"
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/hook"
 	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
@@ -92,7 +93,11 @@ func (s *service) openRing(addr, node string) (keyring.Ring, error) {
 		return nil, err
 	}
 	s.onClose(conn.Close)
-	ring := keyring.New(dekwire.Client(pb.NewKeyManagerClient(conn)), node)
+	guard, err := processGuard()
+	if err != nil {
+		return nil, err
+	}
+	ring := keyring.Open(keyring.Config{Client: dekwire.Client(pb.NewKeyManagerClient(conn)), Node: node, Guard: guard.Slot()})
 	s.onClose(func() error { ring.Close(); return nil })
 	return ring, nil
 }
@@ -259,6 +264,9 @@ func newRoles() []*cobra.Command {
 		cmd := &cobra.Command{
 			Use: name + " --config FILE", Short: short, Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
+				if err := scrub.Require(); err != nil {
+					return err
+				}
 				hardening.Apply(newLogger())
 				s, err := run(cmd.Context(), file)
 				if err != nil {
@@ -318,6 +326,9 @@ func newCompute() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "compute --config FILE", Short: "Run one endpoint: the agent and its Postgres", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := scrub.Require(); err != nil {
+				return err
+			}
 			var cfg config.Compute
 			if err := config.Load(file, &cfg); err != nil {
 				return err
@@ -332,7 +343,12 @@ func newCompute() *cobra.Command {
 				return err
 			}
 			agent.ResetSettings = reset
-			err := compute.Run(cmd.Context(), agent)
+			guard, err := processGuard()
+			if err != nil {
+				return err
+			}
+			agent.Guard = guard.Slot()
+			err = compute.Run(cmd.Context(), agent)
 			switch {
 			case errors.Is(err, compute.ErrFenced):
 				return &exitError{status: manager.ExitFenced, err: err}
