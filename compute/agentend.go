@@ -1,7 +1,6 @@
 package compute
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
@@ -92,10 +91,4 @@ func (a *agent) endMount() error {
 		a.drop("the mount, and the kernel's cache of it")
 	}
 	return errors.Join(wiped, unmounted)
-}
-
-// leaseEnded tells that the lease is what ended the endpoint.
-func (a *agent) leaseEnded() bool {
-	cause := context.Cause(a.life)
-	return errors.Is(cause, keyring.ErrRevoked) || errors.Is(cause, keyring.ErrUnreachable)
 }

@@ -35,6 +35,8 @@ type branch struct {
 
 	// epoch is the highest epoch of which anything may be in the timeline (W2).
 	epoch atomic.Uint64
+	// answering counts the calls that may hold pages.
+	answering atomic.Int64
 	// slotsChanged is the LSN up to which a replication slot's file may have changed.
 	slotsChanged atomic.Uint64
 	messages     messageDEKs
@@ -166,6 +168,7 @@ func (b *branch) session(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	defer b.onShred()() // last of all
 	defer func() {
 		b.set(nil, err, isFinal(err)) // before the waiting calls are woken
 		err = errors.Join(err, opened.Close())
@@ -209,6 +212,31 @@ func (b *branch) session(ctx context.Context) (err error) {
 		}
 	}
 }
+
+// onShred has the ring wait, when the lease is over, until the session has ended, which the timeline's
+// end makes it do, and no call holds pages any more. The session calls ended when it has.
+func (b *branch) onShred() (ended func()) {
+	over := make(chan struct{})
+	cancel := b.srv.cfg.Ring.OnShred(b.name.project, b.name.branch, func(error) []string {
+		limit := time.After(shredWait)
+		select {
+		case <-over:
+		case <-limit:
+		}
+		for b.answering.Load() > 0 {
+			select {
+			case <-time.After(time.Millisecond):
+			case <-limit:
+				return []string{fmt.Sprintf("branch %s: calls that were under way have not ended within %v; they give no answer", b.name.branch, shredWait)}
+			}
+		}
+		return []string{fmt.Sprintf("branch %s: WAL that was being ingested, pages on their way into answers", b.name.branch)}
+	})
+	return func() { close(over); cancel() }
+}
+
+// shredWait bounds how long a shredding waits for what is under way.
+const shredWait = 5 * time.Second
 
 // enter notes that WAL of an epoch is about to show.
 func (b *branch) enter(epoch uint64) {

@@ -57,8 +57,12 @@ func (s *Server) at(ctx context.Context, p *pb.ReadPoint) (*reader, error) {
 		return nil, rpc.Error(codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_FENCED},
 			"branch %s: epoch %d is fenced, WAL of epoch %d was ingested", p.GetBranch(), p.GetEpoch(), now)
 	}
+	b.answering.Add(1)
 	return &reader{b, tl, lsn}, nil
 }
+
+// done is called when nothing of what was read is held any more.
+func (rd *reader) done() { rd.b.answering.Add(-1) }
 
 // reason is why the branch stopped for good, or nil.
 func (b *branch) reason() error {
@@ -82,6 +86,7 @@ func (s *Server) GetPages(ctx context.Context, r *pb.GetPagesRequest) (*pb.GetPa
 	if err != nil {
 		return nil, err
 	}
+	defer rd.done()
 	resp := &pb.GetPagesResponse{Lsn: uint64(rd.lsn)}
 	if r.Rel != nil {
 		resp.Pages, err = rd.relPages(ctx, r.Rel, r.Block, r.Count)
@@ -209,6 +214,7 @@ func (s *Server) ListSLRU(ctx context.Context, r *pb.ListSLRURequest) (*pb.ListS
 	if err != nil {
 		return nil, err
 	}
+	defer rd.done()
 	pages, err := rd.slruList(ctx, r.Slru)
 	if err := rd.mayAnswer(err); err != nil {
 		return nil, err
@@ -225,6 +231,7 @@ func (s *Server) ListRelations(ctx context.Context, r *pb.ListRelationsRequest) 
 	if err != nil {
 		return nil, err
 	}
+	defer rd.done()
 	resp := &pb.ListRelationsResponse{Lsn: uint64(rd.lsn)}
 	from, to := keyspace.DatabaseRange(keyspace.KindRelSize, pg.Oid(r.Tablespace), pg.Oid(r.Database))
 	err = rd.tl.Scan(ctx, from, to, rd.lsn, func(key keyspace.Key, v timeline.Value) error {

@@ -29,6 +29,7 @@ func (s *Server) StartupState(ctx context.Context, r *pb.StartupStateRequest) (*
 	if err != nil {
 		return nil, err
 	}
+	defer rd.done()
 	resp, err := rd.startup(ctx)
 	if err := rd.mayAnswer(err); err != nil {
 		return nil, err

@@ -63,6 +63,14 @@ type writer struct {
 	sealed   int64 // bytes under key
 	segments int
 	made     []made // see unapplied
+	noShred  func() // of key
+
+	// shut ends what waits with WAL in hand when the lease is over: see shred.
+	shut struct {
+		sync.Mutex
+		waits context.Context
+		cut   context.CancelFunc
+	}
 }
 
 // writer gives the branch's writer under the present leadership.
@@ -85,7 +93,7 @@ func (s *Server) writer(g *group.Group, gw *groupWriters, n walstate.Name) (*wri
 	}
 	w := gw.writers[b.No]
 	if w == nil {
-		w = &writer{s: s, g: g, lead: lead, name: n, no: b.No}
+		w = newWriter(s, g, lead, n, b.No)
 		gw.writers[b.No] = w
 	}
 	return w, nil
@@ -315,9 +323,11 @@ func (w *writer) sealUnderKey(kind walstate.Kind, end pg.LSN, wal []byte) ([]byt
 
 // newKey makes a DEK for the next segment.
 func (w *writer) newKey(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
+	ctx, cancel := w.bounded(ctx)
 	defer cancel()
 	w.key = nil
+	w.noShred()
+	w.noShred = func() {}
 	w.segments++
 	c := seal.Context{Purpose: seal.PurposeWAL, Project: w.name.Project, Branch: w.name.Branch,
 		Object: fmt.Sprintf("%d-%d-%d-%d-%08x", w.no, w.lead.Term, w.s.cfg.NodeID, w.segments, rand.Uint32())}
@@ -326,6 +336,7 @@ func (w *writer) newKey(ctx context.Context) error {
 		return fmt.Errorf("a key for the WAL: %w", err)
 	}
 	w.key, w.wrapped, w.context, w.counter, w.sealed = key, wrapped, c, 0, 0
+	w.noShred = w.s.cfg.Ring.OnShred(w.name.Project, w.name.Branch, w.shred)
 	w.noteMade(c.Object, wrapped)
 	return nil
 }
@@ -337,9 +348,12 @@ func (w *writer) waitForRoom(ctx context.Context) error {
 	}
 	sub, cancel := w.g.Subscribe(w.no)
 	defer cancel()
+	shut := w.waits()
 	for !w.room() {
 		select {
 		case <-sub.C:
+		case <-shut.Done():
+			return errShut
 		case <-w.lead.Done:
 			return group.ErrNotLeader
 		case <-ctx.Done():

@@ -25,7 +25,6 @@ import (
 	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/rpc"
-	"github.com/holdfastdb/holdfast/internal/scrub"
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/hook"
 	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
@@ -264,9 +263,6 @@ func newRoles() []*cobra.Command {
 		cmd := &cobra.Command{
 			Use: name + " --config FILE", Short: short, Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				if err := scrub.Require(); err != nil {
-					return err
-				}
 				hardening.Apply(newLogger())
 				s, err := run(cmd.Context(), file)
 				if err != nil {
@@ -326,9 +322,6 @@ func newCompute() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "compute --config FILE", Short: "Run one endpoint: the agent and its Postgres", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := scrub.Require(); err != nil {
-				return err
-			}
 			var cfg config.Compute
 			if err := config.Load(file, &cfg); err != nil {
 				return err

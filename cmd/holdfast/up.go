@@ -16,7 +16,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/holdfastdb/holdfast/internal/hardening"
-	"github.com/holdfastdb/holdfast/internal/scrub"
 	"github.com/holdfastdb/holdfast/keymgr/localkms"
 	"github.com/holdfastdb/holdfast/manager"
 )
@@ -34,9 +33,6 @@ It prints "ready: postgres://..." when psql will work. Ctrl-C or SIGTERM stops i
 order; started again over the same directory it has all data.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := scrub.Require(); err != nil {
-				return err
-			}
 			l, err := layoutOf(cmd)
 			if err != nil {
 				return err

@@ -11,7 +11,7 @@ import (
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/boottime"
-	"github.com/holdfastdb/holdfast/internal/scrub"
+	"github.com/holdfastdb/holdfast/internal/hardening"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/shredreport"
 )
@@ -58,7 +58,7 @@ func (p *scope) end(term uint64, reason error) {
 func (s *shredding) run() {
 	defer s.p.ring.reports.Done()
 	s.drop()
-	scrub.Free()
+	hardening.Scrub()
 	s.report.ShreddedUnixUs = max(time.Now().UnixMicro(), s.report.KeysWipedUnixUs) // the wall clock may be set back
 	s.p.mu.Lock()
 	delete(s.p.mu.shredding, s.term)

@@ -122,9 +122,11 @@ func (r *Ring) end(reason error) {
 	clear(r.mu.keys)
 	clear(r.mu.shred)
 	r.mu.Unlock()
+	var wg sync.WaitGroup
 	for _, fn := range fns {
-		fn(reason)
+		wg.Go(func() { fn(reason) })
 	}
+	wg.Wait()
 }
 
 // Generate implements keyring.Ring.
