@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/holdfastdb/holdfast/test/cluster"
+	"github.com/holdfastdb/holdfast/test/memscan"
 	"github.com/holdfastdb/holdfast/test/proc"
 )
 
@@ -125,11 +125,11 @@ func (w *world) round(ctx context.Context, f fault, m moment, with companion) er
 	if err := w.before(ctx); err != nil {
 		return err
 	}
-	keys, err := w.keys(ctx)
+	set, err := w.wanted(ctx)
 	if err != nil {
-		return fmt.Errorf("unwrapping what is searched for: %w", err)
+		return err
 	}
-	if err := w.scannerFinds(keys); err != nil {
+	if err := w.scannerFinds(set); err != nil {
 		return err
 	}
 	w.logf("%s, at %s, %s", f.name, m.name, with.name)
@@ -148,10 +148,10 @@ func (w *world) round(ctx context.Context, f fault, m moment, with companion) er
 	if took > bound {
 		w.t.Errorf("%s, at %s, %s: the last answer came %.1fs after, the bound is %v", f.name, m.name, with.name, took.Seconds(), bound)
 	}
-	if err := w.memoryIsClean(ctx, keys, struck); err != nil {
+	if err := w.memoryIsClean(ctx, set, struck); err != nil {
 		return err
 	}
-	if err := w.wokenUp(ctx, struck, keys); err != nil {
+	if err := w.wokenUp(ctx, struck, set); err != nil {
 		return err
 	}
 	return w.giveBack(ctx, f)
@@ -171,68 +171,9 @@ func (w *world) before(ctx context.Context) error {
 	return w.plant(ctx)
 }
 
-// scannerFinds shows that the search works: it finds canaries and keys while they may be there.
-func (w *world) scannerFinds(keys map[string][]byte) error {
-	hits, err := w.scan(keys)
-	if err != nil {
-		return err
-	}
-	canaries, others := 0, 0
-	for _, h := range hits {
-		if strings.HasPrefix(h.what, "canary") {
-			canaries++
-		} else {
-			others++
-		}
-	}
-	w.logf("before: the search of memory finds canaries %d times, keys %d times (it knows %d keys)", canaries, others, len(keys))
-	if canaries == 0 || others == 0 {
-		return fmt.Errorf("the search of memory does not work: %d canaries and %d keys found while the key is enabled", canaries, others)
-	}
-	return nil
-}
-
-// memoryIsClean searches until nothing is found; there must be nothing after the bound.
-func (w *world) memoryIsClean(ctx context.Context, keys map[string][]byte, struck time.Time) error {
-	for {
-		began := time.Since(struck)
-		hits, err := w.scan(keys)
-		if err != nil {
-			return err
-		}
-		hits = slices.DeleteFunc(hits, func(h hit) bool { return w.stopped[h.process.PID] != "" })
-		if len(hits) == 0 {
-			w.logf("memory is clean, %.1fs after", began.Seconds())
-			return nil
-		}
-		if began > bound+slack {
-			// The round goes on: that the data comes back is worth knowing all the same.
-			w.t.Errorf("%.1fs after the key was taken away, memory still holds %d things:\n%v", began.Seconds(), len(hits), firstOf(hits))
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(300 * time.Millisecond):
-		}
-	}
-}
-
-func firstOf(hits []hit) string {
-	var b strings.Builder
-	seen := make(map[string]int)
-	for _, h := range hits {
-		who := h.process.Command + h.what
-		if seen[who]++; seen[who] == 1 {
-			fmt.Fprintf(&b, "\t%v\n", h)
-		}
-	}
-	return b.String()
-}
-
 // wokenUp lets stopped processes go on, long after their leases ended: they must answer nothing,
 // and be clean soon.
-func (w *world) wokenUp(ctx context.Context, struck time.Time, keys map[string][]byte) error {
+func (w *world) wokenUp(ctx context.Context, struck time.Time, set *memscan.Set) error {
 	if len(w.stopped) == 0 {
 		return nil
 	}
@@ -246,7 +187,7 @@ func (w *world) wokenUp(ctx context.Context, struck time.Time, keys map[string][
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	return w.memoryIsClean(ctx, keys, time.Now())
+	return w.memoryIsClean(ctx, set, time.Now())
 }
 
 // giveBack enables the key: everything is there again, by itself.

@@ -1,29 +1,24 @@
 package revocation
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
-	"github.com/holdfastdb/holdfast/internal/blob"
-	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
 	"github.com/holdfastdb/holdfast/internal/rpc"
-	"github.com/holdfastdb/holdfast/internal/seal"
-	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
 	"github.com/holdfastdb/holdfast/test/cluster"
-	"github.com/holdfastdb/holdfast/test/proc"
+	"github.com/holdfastdb/holdfast/test/memscan"
 )
 
 // plant writes a new canary, and has it read back through every layer that would keep it.
@@ -35,212 +30,184 @@ func (w *world) plant(ctx context.Context) error {
 	return w.c.Target().Exec(ctx, "INSERT INTO canaries VALUES ('"+canary+"')", "SELECT * FROM canaries")
 }
 
-// keys unwraps, with the customer's own CMK, the KEK and the DEKs that rest in the bucket: they are
-// what is searched for. No lease is taken for it.
-func (w *world) keys(ctx context.Context) (map[string][]byte, error) {
-	found := make(map[string][]byte)
-	bucket, err := dirblob.Open(filepath.Join(w.c.Data, "bucket"))
-	if err != nil {
-		return nil, err
-	}
-	var doc struct {
-		CMK  string
-		KEKs []struct {
-			Version uint32
-			Wrapped []byte
-		}
-	}
-	data, _, err := bucket.Get(ctx, "projects/"+w.project+"/keys.json")
-	if err != nil {
-		return nil, err
-	}
-	if err := json.Unmarshal(data, &doc); err != nil {
-		return nil, err
-	}
+// provider asks the customer's KMS, as the key manager does.
+func (w *world) provider(ctx context.Context) (*kmsopen.Providers, error) {
 	local := ""
 	if w.cust.cmk == "" {
-		local = filepath.Join(w.c.Data, "kms", "keys.json")
+		local = w.localKMS()
 	}
-	provider, err := kmsopen.Open(ctx, local, w.cust.kms)
+	return kmsopen.Open(ctx, local, w.cust.kms)
+}
+
+func (w *world) localKMS() string { return filepath.Join(w.c.Data, "kms", "keys.json") }
+
+// wanted is what memory is searched for: the canaries, and every key in use, which who has the CMK
+// finds on the disks.
+func (w *world) wanted(ctx context.Context) (*memscan.Set, error) {
+	provider, err := w.provider(ctx)
 	if err != nil {
 		return nil, err
 	}
-	keks := make(map[uint32]*seal.KEK)
-	for _, k := range doc.KEKs {
-		u, err := provider.Unwrap(ctx, doc.CMK, keymgr.EncryptionContext{Project: w.project, KEKVersion: k.Version}, k.Wrapped)
-		if err != nil {
-			return nil, err
-		}
-		raw := u.Plaintext[len(u.Plaintext)-seal.KeySize:]
-		found[fmt.Sprintf("KEK %d", k.Version)] = bytes.Clone(raw)
-		if keks[k.Version], err = seal.NewKEK(raw); err != nil {
+	stage := w.t.TempDir()
+	if err := errors.Join(w.stageFiles(stage), w.stageWAL(ctx, stage)); err != nil {
+		return nil, err
+	}
+	keys, err := memscan.Find(ctx, stage, filepath.Join(w.c.Data, "bucket"), provider)
+	if err != nil {
+		return nil, fmt.Errorf("finding the keys that are searched for: %w", err)
+	}
+	set := &memscan.Set{}
+	for i, c := range w.canaries {
+		if err := set.AddCanary(fmt.Sprintf("canary %d", i), c); err != nil {
 			return nil, err
 		}
 	}
-	return found, errors.Join(w.layerKeys(ctx, bucket, keks, found), w.walKeys(ctx, keks, found))
+	return set, keys.AddTo(set)
 }
 
-// walKeys opens the DEKs of all WAL that the safekeepers have.
-func (w *world) walKeys(ctx context.Context, keks map[uint32]*seal.KEK, found map[string][]byte) error {
-	conn, err := rpc.Dial(w.c.Socket(cluster.Safekeeper(1)))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	client := pb.NewSafekeeperClient(conn)
-	st, err := client.Status(ctx, &pb.SafekeeperStatusRequest{})
-	if err != nil {
-		return err
-	}
-	for _, b := range st.Branches {
-		if b.Branch != w.branch {
-			continue
-		}
-		stream, err := client.Read(ctx, &pb.ReadRequest{Project: w.project, Branch: w.branch, FromLsn: max(b.StartLsn, b.DurableLsn), UntilLsn: b.EndLsn})
+// maxDocument is more than any document has; what is larger is data, whose keys a document has too.
+const maxDocument = 1 << 20
+
+// stageFiles copies the audit log and the bucket's documents to where keys are looked for: in all that a
+// cluster has on its disks that would take minutes.
+func (w *world) stageFiles(stage string) error {
+	n := 0
+	for _, root := range []string{w.c.Dir(cluster.Keymgr), filepath.Join(w.c.Data, "bucket", "objects")} {
+		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return ignoreGone(err)
+			}
+			info, err := d.Info()
+			isAudit := strings.HasPrefix(d.Name(), "audit-")
+			if err != nil || info.Size() > maxDocument && !isAudit {
+				return ignoreGone(err)
+			}
+			data, err := os.ReadFile(path)
+			if err != nil {
+				return ignoreGone(err)
+			}
+			dir := filepath.Join(stage, fmt.Sprint(n))
+			n++
+			return errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, d.Name()), data, 0o600))
+		})
 		if err != nil {
-			return err
-		}
-		if err := openWALKeys(w, stream, keks, found); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func openWALKeys(w *world, stream pb.Safekeeper_ReadClient, keks map[uint32]*seal.KEK, found map[string][]byte) error {
-	for {
-		resp, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		for _, c := range resp.Chunks {
-			name := "DEK of WAL " + c.Object
-			if found[name] != nil {
-				continue
-			}
-			version, err := seal.KEKVersion(c.WrappedDek)
-			if err != nil {
-				return err
-			}
-			if found[name], err = keks[version].Unwrap(seal.Context{Purpose: seal.PurposeWAL, Project: w.project, Branch: w.branch, Object: c.Object}, c.WrappedDek); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// layerKeys opens the DEKs that the branch's manifest lists.
-func (w *world) layerKeys(ctx context.Context, bucket blob.Store, keks map[uint32]*seal.KEK, found map[string][]byte) error {
-	return bucket.List(ctx, "projects/"+w.project+"/", func(o blob.Info) error {
-		if o.Size > 16<<20 || strings.Contains(o.Key, "/layers/") {
-			return nil
-		}
-		data, _, err := bucket.Get(ctx, o.Key)
-		if errors.Is(err, blob.ErrNotFound) || err == nil && !bytes.HasPrefix(data, []byte("holdfast timeline manifest")) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		_, body, _ := bytes.Cut(data, []byte("\n"))
-		var m struct {
-			Layers []struct {
-				Object  string
-				Wrapped []byte `json:"wrapped_dek"`
-			}
-		}
-		if err := json.Unmarshal(body, &m); err != nil {
-			return err
-		}
-		for _, l := range m.Layers {
-			version, err := seal.KEKVersion(l.Wrapped)
-			if err != nil {
-				return err
-			}
-			c := seal.Context{Purpose: seal.PurposeLayer, Project: w.project, Branch: w.branch, Object: l.Object}
-			if found["DEK of "+l.Object], err = keks[version].Unwrap(c, l.Wrapped); err != nil {
-				return err
-			}
-		}
+func ignoreGone(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	})
+	}
+	return err
 }
 
-// hit is something in a process's memory that must not be there.
-type hit struct {
-	process proc.Process
-	what    string
-	where   string
-}
-
-func (h hit) String() string { return fmt.Sprintf("%s in %v at %s", h.what, h.process, h.where) }
-
-// scan searches the memory of every process of the cluster.
-func (w *world) scan(keys map[string][]byte) (hits []hit, err error) {
-	needles := make(map[string][]byte)
-	for i, c := range w.canaries {
-		needles[fmt.Sprintf("canary %d", i)] = []byte(c)
-	}
-	for name, key := range keys {
-		needles[name] = key[:16] // an expanded AES key begins with the key, round by round
-	}
-	for _, p := range proc.Using(w.dir) {
-		found, err := scanProcess(p, needles)
-		if err != nil && !os.IsNotExist(err) && !strings.Contains(err.Error(), syscall.ESRCH.Error()) {
-			return nil, fmt.Errorf("searching the memory of %v: %w", p, err)
-		}
-		hits = append(hits, found...)
-	}
-	return hits, nil
-}
-
-// scanProcess reads all memory that a process has written to.
-func scanProcess(p proc.Process, needles map[string][]byte) (hits []hit, err error) {
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", p.PID))
+// stageWAL adds the wrapped DEKs of all WAL that the safekeepers have.
+func (w *world) stageWAL(ctx context.Context, stage string) error {
+	conn, err := rpc.Dial(w.c.Socket(cluster.Safekeeper(1)))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer maps.Close()
-	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", p.PID))
+	defer conn.Close()
+	client := pb.NewSafekeeperClient(conn)
+	st, err := client.Status(ctx, &pb.SafekeeperStatusRequest{}, grpc.WaitForReady(true))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer mem.Close()
-	lines := bufio.NewScanner(maps)
-	for lines.Scan() {
-		var from, to uint64
-		var perms, offset, dev string
-		var inode uint64
-		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s %s %s %d", &from, &to, &perms, &offset, &dev, &inode); err != nil {
-			continue
+	var wrapped []byte
+	for _, b := range st.Branches {
+		stream, err := client.Read(ctx, &pb.ReadRequest{Project: b.Project, Branch: b.Branch, FromLsn: max(b.StartLsn, b.DurableLsn), UntilLsn: b.EndLsn})
+		if err != nil {
+			return err
 		}
-		if perms[0] != 'r' || strings.HasSuffix(lines.Text(), "[vvar]") || strings.HasSuffix(lines.Text(), "[vsyscall]") {
-			continue
-		}
-		if perms[1] != 'w' && inode != 0 {
-			continue // a program's own text
-		}
-		hits = append(hits, scanRange(p, mem, from, to, needles)...)
-	}
-	return hits, lines.Err()
-}
-
-func scanRange(p proc.Process, mem *os.File, from, to uint64, needles map[string][]byte) (hits []hit) {
-	const step, overlap = 4 << 20, 64
-	buf := make([]byte, step+overlap)
-	for at := from; at < to; at += step {
-		n, err := mem.ReadAt(buf[:min(uint64(len(buf)), to-at)], int64(at))
-		if n == 0 && err != nil {
-			continue // reserved and never used, or gone meanwhile
-		}
-		for what, needle := range needles {
-			if i := bytes.Index(buf[:n], needle); i >= 0 {
-				hits = append(hits, hit{p, what, fmt.Sprintf("%#x", at+uint64(i))})
+		for {
+			resp, err := stream.Recv()
+			if err != nil {
+				break // the end; history that went to the bucket meanwhile is under other keys
+			}
+			for _, c := range resp.Chunks {
+				wrapped = append(append(wrapped, c.WrappedDek...), "between two"...)
 			}
 		}
 	}
-	return hits
+	return os.WriteFile(filepath.Join(stage, "wal"), wrapped, 0o600)
+}
+
+// scan searches the memory of every process of the cluster that is not stopped.
+func (w *world) scan(set *memscan.Set) (*memscan.Scanner, error) {
+	s := &memscan.Scanner{Set: set}
+	for _, p := range memscan.Processes(w.dir) {
+		if w.stopped[p.PID] != "" {
+			continue // it is searched when it goes on
+		}
+		if err := s.Scan(p); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// scannerFinds shows that the search works: it finds canaries and keys while they may be there.
+func (w *world) scannerFinds(set *memscan.Set) error {
+	s, err := w.scan(set)
+	if err != nil {
+		return err
+	}
+	canaries, keys := 0, 0
+	for name := range s.Found() {
+		if strings.HasPrefix(name, "canary") {
+			canaries++
+		} else {
+			keys++
+		}
+	}
+	w.logf("before: of %d canaries and keys the search of memory finds %d canaries and %d keys (%d processes, %d MiB)",
+		len(set.Names()), canaries, keys, s.Processes, s.Bytes>>20)
+	if canaries == 0 || keys == 0 {
+		return fmt.Errorf("the search of memory does not work: %d canaries and %d keys found while the key is enabled", canaries, keys)
+	}
+	return nil
+}
+
+// memoryIsClean searches until nothing is found; there must be nothing after the bound.
+func (w *world) memoryIsClean(ctx context.Context, set *memscan.Set, since time.Time) error {
+	for {
+		began := time.Since(since)
+		s, err := w.scan(set)
+		if err != nil {
+			return err
+		}
+		if len(s.Hits) == 0 && len(s.Unread) == 0 {
+			w.logf("memory is clean, %.1fs after", began.Seconds())
+			return nil
+		}
+		if began > bound+slack {
+			// The round goes on: that the data comes back is worth knowing all the same.
+			w.t.Errorf("%.1fs after the key was taken away, memory still holds %d things:\n%v", began.Seconds(), len(s.Hits), firstOf(s))
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+}
+
+// firstOf shows one hit of each name and process.
+func firstOf(s *memscan.Scanner) string {
+	var b strings.Builder
+	seen := make(map[string]bool)
+	for _, h := range s.Hits {
+		if who := fmt.Sprint(h.Name, h.PID); !seen[who] {
+			seen[who] = true
+			fmt.Fprintf(&b, "\t%v\n", h)
+		}
+	}
+	for _, u := range s.Unread {
+		fmt.Fprintf(&b, "\tnot searched: %s\n", u)
+	}
+	return b.String()
 }

@@ -82,7 +82,7 @@ func newWorld(t *testing.T, ctx context.Context, cust *customer, seed uint64) *w
 	via := func(role string) string { return "unix:" + filepath.Join(dir, "via", role) }
 	w.c = cluster.ForTest(t, cluster.Options{Dir: dir, Separate: true, Settings: settings, CMK: cust.cmk, KMS: cust.kms, KeymgrFor: via})
 	t.Cleanup(w.wake) // before the cluster ends: a stopped process does not
-	if err := cust.ownKMS(filepath.Join(w.c.Data, "kms", "keys.json")); err != nil {
+	if err := cust.ownKMS(w.localKMS()); err != nil {
 		t.Fatal(err)
 	}
 	for _, role := range cluster.Roles()[1:] {
