@@ -9,12 +9,15 @@ import (
 
 // TestCallsAndCost prints the table of docs/keys.md: calls an hour for 1, 100 and 10,000 keys.
 func TestCallsAndCost(t *testing.T) {
-	times := Times{Lease: keymgr.DefaultTimes(), Tick: 500 * time.Millisecond}
+	times := Times{Lease: keymgr.DefaultTimes(), Tick: 250 * time.Millisecond}
 	for _, mix := range Mixes {
 		for _, keys := range []int{1, 100, 10_000} {
+			if float64(keys)*mix.Awake < 1 {
+				continue
+			}
 			span := time.Hour
-			if mix.Every == 0 && keys > 100 {
-				span = 6 * time.Minute // steady: an hour is ten times that
+			if keys > 100 {
+				span = 6 * time.Minute // so many are as many at each time: an hour is ten times that
 			}
 			hour := float64(Calls(times, mix, keys, span, 1)) * float64(time.Hour) / float64(span)
 			t.Logf("SHOW: %d keys, %s: %.0f calls an hour, $%.2f a month", keys, mix.Name, hour, Prices[0].Month(hour))
