@@ -333,8 +333,12 @@ func (a *agent) mountAtEnd(ctx context.Context) error {
 	return g.Wait()
 }
 
-// storeFailed ends the endpoint: the mount has already ended itself.
+// storeFailed ends the endpoint: the mount has already ended itself. The lease's end is known to the
+// store at once, and to this process a moment later.
 func (a *agent) storeFailed(err error) {
+	if gone := a.live(); gone != nil {
+		err = gone
+	}
 	a.kill(fmt.Errorf("the endpoint's local store failed: %w", err))
 }
 

@@ -35,7 +35,7 @@ func (m *Manager) StartEndpoint(ctx context.Context, r *pb.EndpointRequest) (*pb
 		return nil, err
 	}
 	s.start(r.ResetSettings...)
-	if err := s.waitReady(ctx, false); err != nil {
+	if err := s.waitAWhile(ctx); err != nil {
 		return nil, rpc.Error(codes.Unavailable, nil, "%v", err)
 	}
 	return s.status(), nil

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
@@ -56,8 +57,7 @@ func (s *supervisor) waitForKey(ctx context.Context, lived time.Duration) {
 		if ctx.Err() != nil {
 			return
 		}
-		notice := keyloss.Of(s.doc.Project, st)
-		w.refuse.open(notice)
+		words := s.showWait(st)
 		if keyloss.Usable(st.State) {
 			s.set(stateStarting, "")
 			if first { // nothing changed since the agent ended
@@ -67,13 +67,39 @@ func (s *supervisor) waitForKey(ctx context.Context, lived time.Duration) {
 			return
 		}
 		w.pause = 0
-		if words := notice.String(); words != told {
+		if words != told {
 			told = words
 			s.log.Error("the endpoint waits for its key", "state", st.State, "controlled_by", keyloss.Controller(st))
 			s.child.tell("endpoint " + s.doc.Name + " waits: " + words)
-			s.set(keyState(st), words)
 		}
 		sleep(ctx, askKeyEvery)
+	}
+}
+
+// showWait shows clients, and who asks for the endpoint's state, what the key manager said of the key.
+func (s *supervisor) showWait(st *pb.KeyStatusResponse) (words string) {
+	notice := keyloss.Of(s.doc.Project, st)
+	words = notice.String()
+	if !keyloss.Usable(st.State) {
+		s.set(keyState(st), words)
+	}
+	s.child.key.refuse.open(notice)
+	return words
+}
+
+// keyPatience is for how long who asks for a start is kept waiting for a key: one that was enabled a
+// moment ago may not be known to be.
+const keyPatience = 3 * time.Second
+
+// waitAWhile is waitReady for a user who is waiting for the answer.
+func (s *supervisor) waitAWhile(ctx context.Context) error {
+	began := time.Now()
+	for {
+		err := s.waitReady(ctx, false)
+		if !errors.Is(err, errWaitsForKey) || time.Since(began) > keyPatience {
+			return err
+		}
+		sleep(ctx, askKeyEvery/5)
 	}
 }
 

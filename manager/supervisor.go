@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
-	"github.com/holdfastdb/holdfast/internal/keyloss"
 )
 
 // States of an endpoint, as users see them.
@@ -166,7 +165,7 @@ func (s *supervisor) end(ctx context.Context, sig syscall.Signal) error {
 }
 
 // errWaitsForKey is waitReady's of an endpoint that will run when its key can be used.
-var errWaitsForKey = errors.New("it starts by itself when its key can be used")
+var errWaitsForKey = errors.New("the endpoint waits, and starts by itself when its key can be used")
 
 // waitReady waits until the endpoint runs, has failed or waits for its key. Who is not patient is
 // told at once of what only they can mend.
@@ -343,6 +342,6 @@ func (s *supervisor) happened(e event) {
 	case e.Event == "address" && refuse != nil: // Postgres is about to listen
 		refuse.close()
 	case e.Event == "shut" && refuse != nil: // Postgres is gone, the agent not yet
-		refuse.open(keyloss.Of(s.doc.Project, s.askKey(context.Background())))
+		s.showWait(s.askKey(context.Background()))
 	}
 }

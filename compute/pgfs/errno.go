@@ -5,6 +5,7 @@ import (
 	"errors"
 	iofs "io/fs"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -47,6 +48,11 @@ var errnos = []struct {
 	{context.Canceled, syscall.EINTR},
 }
 
+// lastAnswers is for how long errors are held back once the lease has ended: Postgres is about to be
+// stopped and then killed, and what a backend never hears it does not tell its client, who is to hear
+// of the key and not of input and output.
+const lastAnswers = 50 * time.Millisecond
+
 func errnoOf(err error) syscall.Errno {
 	for _, e := range errnos {
 		if errors.Is(err, e.err) {
@@ -63,6 +69,9 @@ func (fs *FS) status(err error) fuse.Status {
 		return fuse.OK
 	}
 	errno := errnoOf(err)
+	if errno == syscall.EIO && fs.live() != nil {
+		fs.pause(lastAnswers)
+	}
 	if (errno == syscall.EIO || errno == syscall.ENOSPC) && fs.ctx.Err() == nil {
 		fs.cfg.Log.Error("a file operation of Postgres failed", "errno", errno.Error(), "error", err)
 	}
