@@ -391,6 +391,9 @@ func (a *agent) startPostgres(ctx context.Context) (err error) {
 // blameSettings says what can be said about why Postgres did not come up.
 func (a *agent) blameSettings(err error) error {
 	said := a.postgres.log.Startup()
+	if strings.Contains(said, "wal_level < logical") {
+		return fmt.Errorf("%w: the branch has logical replication slots, which need wal_level=logical: `holdfast up --set wal_level=logical`, or settings in the manager's configuration: %w", ErrSetting, err)
+	}
 	suspects := boot.Suspects(a.plan.Auto, said)
 	if said == "" || len(suspects) == 0 {
 		return err

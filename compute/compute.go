@@ -71,8 +71,8 @@ type Guard interface {
 // ErrFenced means that a newer compute has opened the branch: this one is to stay ended.
 var ErrFenced = errors.New("a newer compute has opened the branch")
 
-// ErrSetting means that Postgres does not start for a setting that ALTER SYSTEM made: trying
-// again does not help.
+// ErrSetting means that Postgres does not start for a setting, such as one that ALTER SYSTEM made:
+// trying again does not help.
 var ErrSetting = errors.New("a wrong setting")
 
 // Bounds of a start and a stop.

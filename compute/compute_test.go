@@ -3,8 +3,10 @@ package compute
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +18,8 @@ import (
 	"github.com/holdfastdb/holdfast/compute/pgfs"
 	"github.com/holdfastdb/holdfast/compute/pgproc"
 	"github.com/holdfastdb/holdfast/compute/scratch"
+	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/test/testenv"
 )
@@ -259,3 +263,76 @@ func TestLogOfARunningServer(t *testing.T) {
 }
 
 func testLog(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
+
+// A role or a library that users took away keeps the agent out, or does not; it is not left to time.
+func TestWhatUsersDoToTheAgentsOwnLogin(t *testing.T) {
+	pg, _ := local(t, nil)
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pg.connect(t.Context(), "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeConn(conn)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql).ReadAll(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("ALTER ROLE postgres SET session_preload_libraries = 'nonsense'")
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Errorf("with a library that does not exist: %v", err)
+	}
+	exec("ALTER ROLE postgres NOLOGIN")
+	if err := pg.awaitReady(t.Context()); !errors.Is(err, errNoRole) || !strings.Contains(err.Error(), "not permitted to log in") {
+		t.Errorf("without the right to log in: %v, want that it is named", err)
+	}
+}
+
+// noteClients knows which clients are encrypted, and by their addresses which are not.
+func TestWhichClientsArePlain(t *testing.T) {
+	pg, _ := local(t, nil)
+	if err := pg.awaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	at := netip.MustParseAddrPort("127.0.0.1:1")
+	if pg.isPlain(at) {
+		t.Error("plain before Postgres was asked")
+	}
+	conn, err := pg.connect(t.Context(), "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeConn(conn)
+	if err := pg.noteClients(t.Context(), conn); err != nil {
+		t.Fatal(err)
+	}
+	if !pg.isPlain(at) {
+		t.Error("encrypted, though ssl is off")
+	}
+}
+
+// What the key manager said, and the reason for which the lease ended, make one story.
+func TestLostAgreesWithTheReason(t *testing.T) {
+	revoked := fmt.Errorf("the lease has ended: %w", keyring.ErrRevoked)
+	for _, tc := range []struct {
+		name   string
+		st     *pb.KeyStatusResponse
+		reason error
+		want   string
+	}{
+		{"asked now", &pb.KeyStatusResponse{State: "revoked"}, revoked, "revoked"},
+		{"asked before", &pb.KeyStatusResponse{State: "active", Cmk: "dev"}, revoked, "revoked"},
+		{"asked before, cut off", &pb.KeyStatusResponse{State: "grace", Cmk: "dev"}, keyring.ErrUnreachable, "unreachable"},
+		{"never asked", nil, revoked, "revoked"},
+	} {
+		if got := lost(tc.st, tc.reason); got.State != tc.want {
+			t.Errorf("%s: state %s, want %s", tc.name, got.State, tc.want)
+		}
+		if tc.st != nil && tc.st.State == "active" && lost(tc.st, tc.reason) == tc.st {
+			t.Errorf("%s: the status that others hold was changed", tc.name)
+		}
+	}
+}

@@ -152,6 +152,7 @@ const (
 	adminShutdown    = "57P01"
 
 	tooManyConnections = "53300"
+	notAuthorized      = "28000" // the role is gone, or may not log in
 )
 
 // sqlState is the server's code for an error; empty if the error is not the server's.
@@ -176,6 +177,8 @@ func (p *postgres) connect(ctx context.Context, database string) (*pgconn.PgConn
 	cfg.Host, cfg.Port, cfg.Database, cfg.Password = p.settings.SocketDir, uint16(port), database, ""
 	cfg.TLSConfig, cfg.Fallbacks, cfg.ConnectTimeout = nil, nil, connectTimeout
 	cfg.RuntimeParams = map[string]string{"application_name": "holdfast", "statement_timeout": "5s", "search_path": "",
+		// A library that is missing would keep the agent out, and with it everybody.
+		"session_preload_libraries": "", "local_preload_libraries": "",
 		"default_transaction_read_only": "off", "synchronous_commit": "local"}
 	return pgconn.ConnectConfig(ctx, cfg)
 }
@@ -191,12 +194,18 @@ func (p *postgres) open(ctx context.Context) (conn *pgconn.PgConn, stay bool, er
 	return conn, true, err
 }
 
+// errNoRole means that the server runs, and has no role as which the agent can connect.
+var errNoRole = errors.New("the server runs, but the role " + boot.Superuser + ", as which Holdfast connects, was renamed or may not log in")
+
+// noRoleWait is for how long the role is asked for again.
+const noRoleWait = 3 * time.Second
+
 // awaitReady waits until Postgres answers a query.
 func (p *postgres) awaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("the server did not answer within %v", readyTimeout))
 	defer cancel()
 	var last error
-	for {
+	for began := time.Now(); ; {
 		conn, _, err := p.open(ctx)
 		if err == nil {
 			err = conn.Exec(ctx, "SELECT 1").Close()
@@ -207,6 +216,9 @@ func (p *postgres) awaitReady(ctx context.Context) error {
 			}
 		}
 		last = err
+		if sqlState(err) == notAuthorized && time.Since(began) > noRoleWait {
+			return fmt.Errorf("%w: %w", errNoRole, err)
+		}
 		select {
 		case <-p.Done():
 			return p.ended()

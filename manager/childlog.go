@@ -60,13 +60,32 @@ func (l *childLog) explain(err error) error {
 	}
 	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
 	last := lines[len(lines)-1]
-	for _, line := range lines {
+	for i, line := range lines {
 		if said, ok := strings.CutPrefix(line, "holdfast: "); ok {
-			last = said
+			last = oneLine(append([]string{said}, lines[i+1:]...))
 		}
 	}
 	if last == "" {
 		return fmt.Errorf("%w (its log: %s)", err, l.path)
 	}
 	return fmt.Errorf("%w: %s (its log: %s)", err, last, l.path)
+}
+
+// maxReason bounds what is shown of a reason.
+const maxReason = 800
+
+// oneLine joins the lines of a reason, such as what Postgres said before it ended, up to the next line of
+// the log.
+func oneLine(lines []string) string {
+	for i, line := range lines {
+		if lines[i] = strings.TrimSpace(line); i > 0 && strings.HasPrefix(line, "time=") {
+			lines = lines[:i]
+			break
+		}
+	}
+	joined := strings.Join(lines, " ")
+	if len(joined) > maxReason {
+		joined = strings.ToValidUTF8(joined[:maxReason], "") + "…"
+	}
+	return joined
 }

@@ -124,3 +124,15 @@ func TestAFullLogIsPutAside(t *testing.T) {
 		}
 	}
 }
+
+// What Postgres said is on the lines after the agent's own.
+func TestAReasonOfSeveralLinesIsTold(t *testing.T) {
+	s, _, told := scripted(t, `if [ -e second ]; then `+saysReady+`exec sleep 100; fi; touch second; printf 'holdfast: it said:\n\tFATAL:  no such thing\n\tHINT:  Make one.\ntime=1 level=INFO\n' >&2; exit 1`)
+	s.start()
+	if err := s.waitReady(bounded(t), true); err != nil {
+		t.Fatal(err)
+	}
+	if got := told(); !strings.Contains(got, "it said: FATAL:  no such thing HINT:  Make one. (its log") {
+		t.Errorf("the user heard %q", got)
+	}
+}

@@ -42,14 +42,29 @@ type Suspect struct {
 	Named bool
 }
 
+// signs is what Postgres says of settings that it does not name.
+var signs = map[string][]string{
+	"ssl":           {"server certificate file", "private key file"},
+	"ssl_cert_file": {"server certificate file"},
+	"ssl_key_file":  {"private key file"},
+	"huge_pages":    {"could not map anonymous shared memory", "huge pages not supported"},
+	// All of these make shared memory larger.
+	"shared_buffers":            {"could not map anonymous shared memory"},
+	"wal_buffers":               {"could not map anonymous shared memory"},
+	"max_connections":           {"could not map anonymous shared memory", "could not create semaphores"},
+	"max_locks_per_transaction": {"could not map anonymous shared memory"},
+	"max_prepared_transactions": {"could not map anonymous shared memory"},
+}
+
 // Suspects lists the settings that ALTER SYSTEM made; if Postgres named some of them in what
 // it said before it ended, only those.
 func Suspects(auto []byte, said string) []Suspect {
 	var all []Suspect
 	for line := range strings.Lines(string(auto)) {
 		if name, value, ok := parseSetting(line); ok {
+			named := slices.ContainsFunc(signs[strings.ToLower(name)], func(sign string) bool { return strings.Contains(said, sign) })
 			// A list whose quotes are wrong is one name to Postgres.
-			named := mentions(said, name) || slices.ContainsFunc(append(strings.Split(value, ","), value), func(part string) bool {
+			named = named || mentions(said, name) || slices.ContainsFunc(append(strings.Split(value, ","), value), func(part string) bool {
 				part = strings.Trim(part, ` "'`)
 				return len(part) > 2 && strings.Contains(said, `"`+part+`"`)
 			})

@@ -292,3 +292,17 @@ func fabricate(t *testing.T, s *stock.Server, at pg.LSN) pg.LSN {
 	}
 	return plan.End
 }
+
+// Postgres does not name every setting that keeps it from starting.
+func TestSuspectsByWhatPostgresSays(t *testing.T) {
+	const auto = "ssl = 'on'\nhuge_pages = 'on'\nwork_mem = '5MB'\n"
+	for said, want := range map[string]string{
+		`FATAL:  could not load server certificate file "server.crt": No such file or directory`: "ssl",
+		"FATAL:  could not map anonymous shared memory: Cannot allocate memory":                  "huge_pages",
+	} {
+		got := Suspects([]byte(auto), said)
+		if len(got) != 1 || got[0].Name != want || !got[0].Named {
+			t.Errorf("%s: %v, want %s, named", said, got, want)
+		}
+	}
+}
