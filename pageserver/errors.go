@@ -13,6 +13,7 @@ import (
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
+	"github.com/holdfastdb/holdfast/internal/seal"
 	"github.com/holdfastdb/holdfast/internal/walclient"
 	"github.com/holdfastdb/holdfast/pageserver/pageread"
 	"github.com/holdfastdb/holdfast/pageserver/redo"
@@ -48,7 +49,7 @@ func classify(err error) (codes.Code, *pb.ErrorDetail) {
 	switch {
 	case errors.Is(err, keyring.ErrRevoked):
 		return codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}
-	case errors.Is(err, keyring.ErrUnreachable):
+	case errors.Is(err, keyring.ErrUnreachable), errors.Is(err, seal.ErrWiped): // past the lease's end: why, the next lease tells
 		return codes.Unavailable, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_UNREACHABLE}
 	case errors.As(err, &unsupported):
 		return codes.FailedPrecondition, &pb.ErrorDetail{Reason: pb.ErrorDetail_UNSUPPORTED_RECORD}
