@@ -132,6 +132,9 @@ func (s *Server) enforce(k *keyState, doc *document) (_ *document, ended []lease
 // revoked finishes a revocation whose leases the machine has ended.
 func (s *Server) revoked(ctx context.Context, k *keyState, cause string, ended []lease.Lease) error {
 	wiped := k.wipe()
+	if wiped {
+		s.scrub()
+	}
 	if len(ended) > 0 {
 		s.receipts.open(k, cause, ended, true)
 		s.cfg.Logger.Warn("the key is revoked: its leases are ended and its keys forgotten", "key", k.id, "cause", cause, "leases", len(ended))

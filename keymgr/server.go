@@ -200,6 +200,9 @@ func (s *Server) tickOnce() error {
 			delete(s.mu.refused, parseKeyID(name))
 		}
 	})
+	if len(forgotten) > 0 {
+		s.scrub()
+	}
 	for _, name := range t.Check {
 		s.startCheck(name)
 	}

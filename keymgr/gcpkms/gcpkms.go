@@ -55,6 +55,7 @@ func Open(ctx context.Context, cfg Config) (*Provider, error) {
 	redial.MaxDelay = maxRedial
 	options := []option.ClientOption{
 		option.WithGRPCDialOption(grpc.WithDisableRetry()),
+		option.WithGRPCDialOption(grpc.WithContextDialer(kmshttp.Dial)),
 		option.WithGRPCDialOption(grpc.WithConnectParams(grpc.ConnectParams{Backoff: redial, MinConnectTimeout: maxRedial})),
 	}
 	if cfg.CAFile != "" {
