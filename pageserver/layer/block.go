@@ -118,8 +118,9 @@ func compress(dst, raw []byte) []byte {
 	return dst[:start+1+len(enc)]
 }
 
-// decompress undoes compress; rawSize is what the index promises.
-func decompress(b []byte, rawSize int) ([]byte, error) {
+// decompress undoes compress; rawSize is what the index promises. The result is in room if that is
+// large enough.
+func decompress(room, b []byte, rawSize int) ([]byte, error) {
 	if len(b) < 1 {
 		return nil, fmt.Errorf("%w: empty block", ErrFormat)
 	}
@@ -128,13 +129,17 @@ func decompress(b []byte, rawSize int) ([]byte, error) {
 		if len(b)-1 != rawSize {
 			return nil, fmt.Errorf("%w: stored block of %d bytes, want %d", ErrFormat, len(b)-1, rawSize)
 		}
-		return append([]byte(nil), b[1:]...), nil
+		return append(room[:0], b[1:]...), nil
 	case codecS2:
 		if n, err := s2.DecodedLen(b[1:]); err != nil || n != rawSize {
 			return nil, fmt.Errorf("%w: block decompresses to %d bytes, want %d: %w", ErrFormat, n, rawSize, err)
 		}
-		raw, err := s2.Decode(make([]byte, rawSize), b[1:])
+		if cap(room) < rawSize {
+			room = make([]byte, rawSize)
+		}
+		raw, err := s2.Decode(room[:rawSize], b[1:])
 		if err != nil {
+			clear(room[:rawSize])
 			return nil, fmt.Errorf("%w: block does not decompress: %w", ErrFormat, err)
 		}
 		return raw, nil

@@ -394,11 +394,11 @@ func FuzzCompress(f *testing.F) {
 	f.Add([]byte("abc"))
 	f.Add(bytes.Repeat([]byte("abcdefgh"), 1000))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		got, err := decompress(compress([]byte("x"), raw)[1:], len(raw))
+		got, err := decompress(nil, compress([]byte("x"), raw)[1:], len(raw))
 		if err != nil || !bytes.Equal(got, raw) {
 			t.Errorf("round trip of %d bytes: %v", len(raw), err)
 		}
-		_, _ = decompress(raw, 100)
+		_, _ = decompress(nil, raw, 100)
 	})
 }
 

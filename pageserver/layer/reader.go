@@ -139,7 +139,10 @@ func (l *Reader) BlockFrom(key keyspace.Key) int {
 var buffers = sync.Pool{New: func() any { b := make([]byte, 0, blockTarget+1024); return &b }}
 
 // ReadBlock reads and checks block i. The caller owns it.
-func (l *Reader) ReadBlock(i int) (*Block, error) {
+func (l *Reader) ReadBlock(i int) (*Block, error) { return l.readInto(nil, i) }
+
+// readInto is ReadBlock into memory that is used again if it is large enough.
+func (l *Reader) readInto(room []byte, i int) (*Block, error) {
 	if i < 0 || i >= l.blocks {
 		return nil, fmt.Errorf("layer %s has no block %d", l.name, i)
 	}
@@ -151,7 +154,7 @@ func (l *Reader) ReadBlock(i int) (*Block, error) {
 	}
 	buf := (*pooled)[:size]
 	defer clear(buf) // the pool outlives the key
-	b, err := l.readBlock(buf, off, int(raw))
+	b, err := l.readBlock(room, buf, off, int(raw))
 	if err != nil {
 		return nil, fmt.Errorf("layer %s, block %d: %w", l.name, i, err)
 	}
@@ -161,15 +164,19 @@ func (l *Reader) ReadBlock(i int) (*Block, error) {
 	return b, nil
 }
 
-func (l *Reader) readBlock(buf []byte, off int64, rawSize int) (*Block, error) {
+func (l *Reader) readBlock(room, buf []byte, off int64, rawSize int) (*Block, error) {
 	if err := readFull(l.r, buf, off); err != nil {
 		return nil, err
 	}
-	raw, err := decompress(buf, rawSize)
+	raw, err := decompress(room, buf, rawSize)
 	if err != nil {
 		return nil, err
 	}
-	return parseBlock(raw)
+	b, err := parseBlock(raw)
+	if err != nil {
+		clear(raw)
+	}
+	return b, err
 }
 
 // Iterator walks a layer's entries in order, without keeping blocks.
@@ -178,6 +185,7 @@ type Iterator struct {
 	next  int // block
 	block *Block
 	i     int
+	raw   []byte // memory for blocks, wiped
 }
 
 // Iterate starts at the first entry whose key is from or greater.
@@ -192,7 +200,10 @@ func (l *Reader) Iterate(from keyspace.Key) (*Iterator, error) {
 
 func (it *Iterator) load() (err error) {
 	it.Close()
-	it.block, err = it.l.ReadBlock(it.next)
+	it.block, err = it.l.readInto(it.raw, it.next)
+	if err == nil {
+		it.raw = it.block.raw
+	}
 	it.next++
 	it.i = 0
 	return err

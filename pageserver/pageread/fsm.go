@@ -110,15 +110,9 @@ func (b *builder) followHeap(ctx context.Context, src Source, lsn pg.LSN) error 
 			}
 			slot := 8*i + bits.TrailingZeros8(set)
 			block := heapBlock(b.key.Block, slot)
-			h, err := src.Get(ctx, keyspace.RelPage(heap, block), lsn)
+			free, err := heapFree(ctx, src, keyspace.RelPage(heap, block), lsn, page)
 			if err != nil {
-				return errors.Join(errSource, err)
-			}
-			free := 0
-			// A heap page that cannot be made offers no room; reading it fails by itself. One
-			// without versions was truncated away.
-			if h.Exists() && Build(ctx, src, keyspace.RelPage(heap, block), &h, lsn, page) == nil {
-				free = redo.HeapFreeSpace(page)
+				return err
 			}
 			if err := redo.SetFreeSpace(b.page, slot, free); err != nil {
 				return err
@@ -126,4 +120,31 @@ func (b *builder) followHeap(ctx context.Context, src Source, lsn pg.LSN) error 
 		}
 	}
 	return ctx.Err()
+}
+
+// heapFree is the free space of a heap page, for which page is room to make it.
+func heapFree(ctx context.Context, src Source, key keyspace.Key, lsn pg.LSN, page []byte) (free int, err error) {
+	if n, ok := src.(Noter); ok {
+		if free, ok := n.Noted(ctx, key, lsn); ok {
+			return free, nil
+		}
+	}
+	h, err := src.Get(ctx, key, lsn)
+	if err != nil {
+		return 0, errors.Join(errSource, err)
+	}
+	// A heap page that cannot be made offers no room; reading it fails by itself. One
+	// without versions was truncated away.
+	if !h.Exists() || Build(ctx, src, key, &h, lsn, page) != nil {
+		return 0, nil
+	}
+	free = redo.HeapFreeSpace(page)
+	noteFree(src, key, lsn, free)
+	return free, nil
+}
+
+func noteFree(src Source, key keyspace.Key, lsn pg.LSN, free int) {
+	if n, ok := src.(Noter); ok {
+		n.Note(key, lsn, free)
+	}
 }

@@ -25,6 +25,13 @@ type Source interface {
 	Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error)
 }
 
+// A Noter is a Source that keeps what was found out of heap pages for the maps that follow them.
+// timeline.Timeline says what the two mean.
+type Noter interface {
+	Note(key keyspace.Key, lsn pg.LSN, value int)
+	Noted(ctx context.Context, key keyspace.Key, lsn pg.LSN) (value int, ok bool)
+}
+
 // An Error says which page could not be made.
 type Error struct {
 	Key keyspace.Parsed
@@ -48,7 +55,13 @@ func Page(ctx context.Context, src Source, key keyspace.Key, lsn pg.LSN, page []
 	if err != nil {
 		return err
 	}
-	return Build(ctx, src, key, &h, lsn, page)
+	if err := Build(ctx, src, key, &h, lsn, page); err != nil {
+		return err
+	}
+	if k, err := keyspace.Parse(key); err == nil && k.Kind == keyspace.KindRelPage && k.Rel.Fork == pg.MainFork {
+		noteFree(src, key, lsn, redo.HeapFreeSpace(page)) // of an index's page nobody asks
+	}
+	return nil
 }
 
 // Build fills page from a history that was read already. src is asked for other pages, on

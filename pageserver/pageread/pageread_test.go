@@ -118,6 +118,51 @@ func TestFreeSpaceFollowsTheHeap(t *testing.T) {
 	}
 }
 
+// noting is a source that keeps notes.
+type noting struct {
+	histories
+	notes map[keyspace.Key]int
+	gets  map[keyspace.Key]int
+}
+
+func (n noting) Get(ctx context.Context, key keyspace.Key, lsn pg.LSN) (timeline.History, error) {
+	n.gets[key]++
+	return n.histories.Get(ctx, key, lsn)
+}
+func (n noting) Note(key keyspace.Key, _ pg.LSN, value int) { n.notes[key] = value }
+func (n noting) Noted(_ context.Context, key keyspace.Key, _ pg.LSN) (int, bool) {
+	v, ok := n.notes[key]
+	return v, ok
+}
+
+// A heap page that was made already is not made again for its map; one of which nothing is known is, once.
+func TestNotedFreeSpaceIsUsed(t *testing.T) {
+	heap := make([]byte, pg.BlockSize)
+	binary.LittleEndian.PutUint16(heap[12:], 28)
+	binary.LittleEndian.PutUint16(heap[14:], 28+4+3200)
+	binary.LittleEndian.PutUint16(heap[16:], pg.BlockSize)
+	fsm, seven, eight := keyspace.RelPage(tag(pg.FSMFork), 2), keyspace.RelPage(tag(0), 7), keyspace.RelPage(tag(0), 8)
+	src := noting{histories{
+		fsm:   {Changes: []timeline.Value{follows(7), follows(8), follows(9)}},
+		seven: {Base: image(heap)}, eight: {Base: image(heap)},
+	}, map[keyspace.Key]int{}, map[keyspace.Key]int{}}
+	page := make([]byte, pg.BlockSize)
+	if err := Page(t.Context(), src, seven, 30, page); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := Page(t.Context(), src, fsm, 30, page); err != nil {
+			t.Fatal(err)
+		}
+		if slots := page[28+4095:]; slots[7] != 100 || slots[8] != 100 || slots[9] != 0 {
+			t.Errorf("slots: %v", slots[7:10])
+		}
+	}
+	if src.gets[seven] != 1 || src.gets[eight] != 1 {
+		t.Errorf("the pages were made %d and %d times, want once", src.gets[seven], src.gets[eight])
+	}
+}
+
 // What a slot follows must outlive the folding of the history that says so: the heap page
 // changes on, and nobody notes it a second time.
 func TestAFoldedMapStillFollowsTheHeap(t *testing.T) {

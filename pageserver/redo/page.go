@@ -227,9 +227,9 @@ func (p page) move(keep []place, end int) int {
 // repairFragmentation closes the holes that pruned tuples left and drops unused
 // line pointers at the end (PageRepairFragmentation).
 func (p page) repairFragmentation() error {
-	var room [maxItems]place
+	var room [maxHeapTuples]place // more would be allocated
 	keep, last, unused := room[:0], 0, 0
-	nline := p.maxOffset()
+	nline, upper, special := p.maxOffset(), p.upper(), p.special()
 	for n := 1; n <= nline; n++ {
 		item := p.rawItem(n)
 		if item.flags() == lpUnused {
@@ -242,7 +242,7 @@ func (p page) repairFragmentation() error {
 			continue
 		}
 		size := align8(item.len())
-		if _, err := p.storage(item); err != nil || item.off()+size > p.special() {
+		if item.off() < upper || item.off()+size > special {
 			return fmt.Errorf("offset number %d: corrupt line pointer %d+%d", n, item.off(), item.len())
 		}
 		keep = append(keep, place{uint16(n), uint16(item.off()), uint16(size)})

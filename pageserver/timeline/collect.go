@@ -19,6 +19,8 @@ type collector struct {
 	above pg.LSN
 	done  bool // no older version is needed
 	whole bool // nothing shows through from below the versions: there is a base, or a Tombstone
+	peek  bool // only whether there is a version counts, which met tells
+	met   bool
 	buf   []byte
 }
 
@@ -26,6 +28,10 @@ type collector struct {
 func (c *collector) add(lsn pg.LSN, kind ValueKind, data []byte) bool {
 	if lsn <= c.above {
 		c.done = true
+		return true
+	}
+	if c.peek {
+		c.met, c.done = true, true
 		return true
 	}
 	if c.floor != nil && lsn <= c.floor.LSN {

@@ -30,6 +30,7 @@ func (t *Timeline) Put(ctx context.Context, entries []Entry, upTo pg.LSN) error 
 	t.mu.Lock()
 	open := t.mu.view.open
 	t.mu.Unlock()
+	t.notes.noteCut(entries) // before it shows
 	if !open.insert(entries) {
 		return t.Err()
 	}

@@ -21,6 +21,7 @@ type Timeline struct {
 	generation uint64
 	blocks     *blockCache
 	hot        *hotCache
+	notes      notes
 	disk       *diskCache
 	chores     *chores
 	making     making
@@ -229,6 +230,7 @@ func (t *Timeline) fail(err error) (wiped remains) {
 		wiped.versions += m.wipe()
 	}
 	wiped.blocks, wiped.images = t.blocks.drop(), t.hot.drop()
+	t.notes.drop()
 	return wiped
 }
 
