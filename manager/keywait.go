@@ -133,3 +133,13 @@ func (m *Manager) Waits() string {
 	}
 	return ""
 }
+
+// leaseAgain takes this process's own lease again, if it may need one: a key is not back, for who looks at
+// its state, while a node that lost its lease has none.
+func (m *Manager) leaseAgain(doc endpointDoc) {
+	ctx, cancel := context.WithTimeout(context.Background(), askKeyTime)
+	defer cancel()
+	if _, err := m.openPassword(ctx, doc.Project, doc.Branch); err != nil {
+		m.cfg.Log.Info("the key is not used by the manager for now", "endpoint", doc.Name, "error", err)
+	}
+}

@@ -257,7 +257,7 @@ func (m *Manager) newEndpoint(doc endpointDoc) *supervisor {
 		remove:  func() error { return removeDir(dir) },
 		tell:    m.cfg.Progress,
 		grace:   grace,
-		ready:   func() { m.cfg.Ready(urlOf(doc)) },
+		ready:   func() { m.cfg.Ready(urlOf(doc)); go m.leaseAgain(doc) },
 		key: keyWaiter{refuse: &refuser{listen: doc.Listen, tls: certificate}, ask: func(ctx context.Context) (*pb.KeyStatusResponse, error) {
 			return m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: doc.Project, Branch: doc.Branch})
 		}},

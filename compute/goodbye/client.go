@@ -49,7 +49,7 @@ func (s *Server) open(pid int) *client {
 	sockets, err := sockets(pid)
 	for _, fd := range sockets {
 		var dup int
-		if dup, err = unix.PidfdGetfd(pidfd, fd, 0); err != nil {
+		if dup, err = s.dup(pidfd, fd, 0); err != nil {
 			break
 		}
 		if peer, ok := clientOf(dup, s.Port); ok {

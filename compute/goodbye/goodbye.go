@@ -35,6 +35,8 @@ type Server struct {
 	// Plain tells whether what goes over the connection of a client can be read as it is: it is
 	// neither under TLS nor GSSAPI encryption. nil: all can.
 	Plain func(client netip.AddrPort) bool
+
+	dup func(pidfd, fd, flags int) (int, error) // nil: the kernel's
 }
 
 // Told counts what came of it.
@@ -54,6 +56,9 @@ const (
 // stopped, shutting down or gone, and is to be killed in any case.
 func Say(s Server, message []byte, within time.Duration) Told {
 	began := time.Now()
+	if s.dup == nil {
+		s.dup = unix.PidfdGetfd
+	}
 	clients := s.find()
 	defer func() {
 		for _, c := range clients {

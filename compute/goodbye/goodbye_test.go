@@ -18,6 +18,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfastdb/holdfast/internal/keyloss"
 	"github.com/holdfastdb/holdfast/test/stock"
 )
@@ -271,6 +273,27 @@ func TestEncryptedConnectionsHearItFromPostgres(t *testing.T) {
 	var pg *pgconn.PgError
 	if err := <-busy; !errors.As(err, &pg) || pg.Severity != "FATAL" || pg.Code != keyloss.AdminShutdown {
 		t.Errorf("under TLS: %v, want PostgreSQL's FATAL", err)
+	}
+}
+
+// Without the right to duplicate sockets, as in a container that lacks CAP_SYS_PTRACE, PostgreSQL speaks.
+func TestWithoutTheRightToDuplicateSockets(t *testing.T) {
+	s := server(t, nil)
+	idle, sleeping := connect(t, s), connect(t, s)
+	busy := background(sleeping, "SELECT pg_sleep(1000)")
+	active(t, s, 1)
+	told := Say(Server{PID: s.PID(), Port: s.Target().Port, dup: func(int, int, int) (int, error) { return -1, unix.EPERM }},
+		notice.Fatal(keyloss.AdminShutdown), enough)
+	_ = s.Kill()
+	if told.Ours != 0 || told.Theirs < 2 {
+		t.Errorf("told %+v, want two in PostgreSQL's words", told)
+	}
+	_, idleErr := idle.Exec(t.Context(), "SELECT 1")
+	for what, err := range map[string]error{"idle": idleErr, "sleeping": <-busy} {
+		var pg *pgconn.PgError
+		if !errors.As(err, &pg) || pg.Severity != "FATAL" || pg.Code != keyloss.AdminShutdown {
+			t.Errorf("%s: %v, want PostgreSQL's FATAL", what, err)
+		}
 	}
 }
 
