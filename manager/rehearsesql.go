@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -190,12 +192,17 @@ func (w *watched) wait(ctx context.Context) (last time.Time, err error) {
 
 // words is what the connections were told.
 func (w *watched) words() string {
+	var all []string
 	for _, e := range w.ends {
-		if words, ok := fatal(e.err); ok {
-			return words
+		words, ok := fatal(e.err)
+		if !ok {
+			words = "no word"
+		}
+		if !slices.Contains(all, words) {
+			all = append(all, words)
 		}
 	}
-	return "without a word"
+	return strings.Join(all, "; ")
 }
 
 func (w *watched) close() {

@@ -136,7 +136,7 @@ func pause(ctx context.Context, d time.Duration) error {
 }
 
 // resumeLimit bounds how long a resumption is watched.
-const resumeLimit = 30 * time.Second
+const resumeLimit = 15 * time.Second
 
 func newKeyResume(f *keyFlags) *cobra.Command {
 	return &cobra.Command{
@@ -151,13 +151,32 @@ again by themselves. It cannot enable a key that the customer disabled in their 
 	}
 }
 
+// endpointsRun tells whether the endpoints under the key are back: what else holds a lease again takes it out
+// when it has something to do.
+func (c *keyClient) endpointsRun(ctx context.Context, ref *pb.KeyRef) bool {
+	list, err := c.manager.ListEndpoints(ctx, &pb.ListEndpointsRequest{})
+	if err != nil {
+		return false // the state alone tells then
+	}
+	found := false
+	for _, e := range list.Endpoints {
+		if e.Project != ref.Project || ref.Branch != "" && e.Branch != ref.Branch || e.State == "stopped" {
+			continue
+		}
+		if found = true; e.State != "running" {
+			return false
+		}
+	}
+	return found
+}
+
 func (c *keyClient) resume(ctx context.Context, w io.Writer) error {
 	ref, err := c.ref(ctx)
 	if err != nil {
 		return err
 	}
 	st, err := c.admin.ResumeKey(ctx, ref)
-	for begun := time.Now(); err == nil && st.State == "resuming" && time.Since(begun) < resumeLimit; {
+	for begun := time.Now(); err == nil && st.State == "resuming" && time.Since(begun) < resumeLimit && !c.endpointsRun(ctx, ref); {
 		if err = pause(ctx, 100*time.Millisecond); err == nil {
 			st, err = c.keyState(ctx, ref)
 		}

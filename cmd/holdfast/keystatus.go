@@ -72,7 +72,7 @@ func printKeyStates(w io.Writer, now time.Time, keys []*pb.KeyStatusResponse) er
 // printKeyTable shows a key a line.
 func printKeyTable(w io.Writer, now time.Time, keys []*pb.KeyStatusResponse) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "KEY\tSTATE\tHOLDERS\tKEK VERSION\tCMK\tCONTROLLED BY\tTHE KMS SAYS")
+	fmt.Fprintln(tw, "KEY\tSTATE\tHOLDERS\tKEK VERSION\tCMK\tCONTROLLED BY\tWHY")
 	for _, k := range keys {
 		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%s\t%s\t%s\n", k.Key, stateWords(now, k), len(k.Holders), k.KekVersion, k.Cmk, k.ControlledBy, k.ProviderError)
 	}
@@ -125,7 +125,7 @@ func printKeyState(w io.Writer, now time.Time, k *pb.KeyStatusResponse) error {
 	line("key", k.Key)
 	line("state", stateWords(now, k))
 	line("controlled by", k.ControlledBy)
-	line("the KMS says", k.ProviderError)
+	line("why", k.ProviderError)
 	if k.CheckedUnixMs != 0 {
 		line("last checked", moment(now, k.CheckedUnixMs))
 	}

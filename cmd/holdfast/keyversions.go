@@ -140,8 +140,8 @@ func cmkVersions(keks []*pb.KEKVersion) []string {
 func newKeyRotateCMK(f *keyFlags) *cobra.Command {
 	return f.rewrapCommand(&cobra.Command{
 		Use: "rotate-cmk", Short: "Wrap the KEK under the CMK's newest version", Args: cobra.NoArgs,
-		Long: `Wrap every version of the KEK under the CMK's newest version, online: for after the customer gave the CMK a new one. It costs one
-unwrap and one wrap for each version of the KEK. What the CMK's older versions are still needed for "holdfast key versions" tells.`,
+		Long: `Wrap every version of the KEK under the CMK's newest version, online: for after the customer gave the CMK a new one. It costs a
+few calls of the KMS for each version of the KEK. What the CMK's older versions are still needed for "holdfast key versions" tells.`,
 	}, nil)
 }
 
