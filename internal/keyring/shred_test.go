@@ -189,6 +189,19 @@ func TestNoticesAreNews(t *testing.T) {
 	}
 }
 
+// A ring that held a key when it was taken away holds it again when it is back, without being asked.
+func TestKeyThatIsBackIsTakenUpAgain(t *testing.T) {
+	f := newFake(t)
+	r := newRing(t, f)
+	mustGenerate(t, r, 1)
+	f.fail(revoked)
+	f.notices <- &pb.KeyNotice{Key: "p", State: "revoked"}
+	await(t, "the end", func() bool { return errors.Is(r.Live("p", "b"), ErrRevoked) })
+	f.fail(nil)
+	f.notices <- &pb.KeyNotice{Key: "p", State: "resuming"}
+	await(t, "a lease", func() bool { return r.Live("p", "b") == nil })
+}
+
 // A notice that comes while a renewal is asked for may be newer than the answer: it is asked again.
 func TestNoticeDuringARenewal(t *testing.T) {
 	k := &keeper{p: newScope(&ring{}, scopeName{"p", "b"}), asking: true, again: true, renewAt: boottime.Now() + time.Hour}

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"google.golang.org/grpc"
@@ -55,19 +56,23 @@ func (r *ring) watchOnce() (heard bool, err error) {
 			return heard, err
 		}
 		heard = true
-		r.eachScope(func(p *scope) { p.noticed(n.Key) })
+		r.eachScope(func(p *scope) { p.noticed(n) })
 	}
 }
 
 // noticed is told that the state of a key may have changed.
-func (p *scope) noticed(key string) {
+func (p *scope) noticed(n *pb.KeyNotice) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.concernsLocked(key) {
+	if !p.concernsLocked(n.Key) {
 		return
 	}
 	p.newsLocked()
 	p.renewSoonLocked()
+	// Who held the key when it was taken away takes it up again: "resuming" ends when all do.
+	if back := n.State == "resuming" || n.State == "active"; back && !p.mu.live && errors.Is(p.mu.why, ErrRevoked) {
+		p.ring.wg.Go(func() { _ = p.ensureLease(p.ring.ctx) }) // who needs a key asks again, and is told why not
+	}
 }
 
 // concernsLocked tells whether the key is, or may be, the scope's.
