@@ -5988,7 +5988,7 @@ type Endpoint struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Project       string                 `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
 	Branch        string                 `protobuf:"bytes,3,opt,name=branch,proto3" json:"branch,omitempty"`
-	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"` // stopped, starting, running, failed
+	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"` // stopped, starting, running, failed, key revoked, key unreachable
 	Url           string                 `protobuf:"bytes,5,opt,name=url,proto3" json:"url,omitempty"`     // without a password
 	Epoch         uint64                 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Pid           int64                  `protobuf:"varint,7,opt,name=pid,proto3" json:"pid,omitempty"`
