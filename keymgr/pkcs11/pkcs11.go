@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 
 	"github.com/miekg/pkcs11"
@@ -290,7 +291,10 @@ func (p *Provider) Unwrap(ctx context.Context, cmk string, ec keymgr.EncryptionC
 		if err != nil {
 			return keymgr.Unwrapped{}, err
 		}
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		plain, err := s.lib.Decrypt(s.handle, sealed)
+		overwriteFreed()
 		return keymgr.Unwrapped{Plaintext: plain}, err
 	})
 	if err != nil {
