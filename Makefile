@@ -6,13 +6,13 @@ export GOFLAGS ?= -trimpath
 FUZZTIME ?= 20s
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms ./test/fips ./test/keyloss ./test/rotation ./test/keycli
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms|fips|keyloss|rotation|keycli)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms ./test/fips ./test/keyloss ./test/rotation ./test/keycli ./test/revocation
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms|fips|keyloss|rotation|keycli|revocation)$$')
 
 # What encrypts, and what asks a KMS, runs in Go's FIPS 140-3 mode as well; ./test/fips runs a cluster in it.
 FIPS = ./internal/seal ./internal/keyring ./internal/dekwire ./internal/hardening ./keymgr/... ./compute/scratch ./pageserver/layer
 
-.PHONY: run test build lint fmt vet staticcheck vuln unit fips e2e fuzz soak bench clean setup-run setup-test setup-suites test-postgres
+.PHONY: run test build lint fmt vet staticcheck vuln unit fips e2e fuzz soak bench revocation clean setup-run setup-test setup-suites test-postgres
 
 run: setup-run build ## a cluster over ./data, then psql in it
 	@scripts/run.sh $(ARGS)
@@ -61,6 +61,10 @@ test-postgres: setup-suites build ## PostgreSQL's own test suites against an end
 
 bench: build ## against stock PostgreSQL; ARGS=-short for a quick look
 	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./test/bench $(ARGS)
+
+revocation: build ## how long a revocation takes: 200 of each way over many nodes, 20 of a whole cluster (about 8 minutes)
+	@HOLDFAST_ROUNDS=4 go test ./test/revocation -run '^TestBound$$' -count=1 -v -timeout 30m
+	@HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_ROUNDS=10 go test ./test/revocation -run '^TestBoundOfACluster$$' -count=1 -v -timeout 60m
 
 clean:
 	rm -rf bin

@@ -17,7 +17,7 @@ func TestCallsAndCost(t *testing.T) {
 			}
 			span := time.Hour
 			if keys > 100 {
-				span = time.Minute // so many are as many at each time: an hour is ten times that
+				span = 20 * time.Second // so many are as many at each time: an hour is 180 times that
 			}
 			hour := float64(Calls(times, mix, keys, span, 1)) * float64(time.Hour) / float64(span)
 			t.Logf("SHOW: %d keys, %s: %.0f calls an hour, $%.2f a month", keys, mix.Name, hour, Prices[0].Month(hour))

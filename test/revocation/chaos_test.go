@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -54,6 +55,9 @@ var moments = []moment{
 			return err
 		}
 		return inBackground(func() error { _, err := w.c.CLI(ctx, "endpoint", "start"); return err })
+	}},
+	{"a rotation", func(w *world, ctx context.Context) error {
+		return inBackground(func() error { _, err := w.c.CLI(ctx, "key", "rotate"); return err })
 	}},
 }
 
@@ -247,7 +251,11 @@ func TestChaos(t *testing.T) {
 
 // draw gives a round. Companions come in turn, so that each is there in every run.
 func (w *world) draw(n int) (fault, moment, companion) {
-	return w.cust.faults[w.rng.IntN(len(w.cust.faults))], moments[w.rng.IntN(len(moments))], companions[n%len(companions)]
+	m := moments[w.rng.IntN(len(moments))]
+	if name := os.Getenv("HOLDFAST_MOMENT"); name != "" { // to see one
+		m = moments[slices.IndexFunc(moments, func(m moment) bool { return m.name == name })]
+	}
+	return w.cust.faults[w.rng.IntN(len(w.cust.faults))], m, companions[n%len(companions)]
 }
 
 // limit is how much to do: a number of rounds of each kind, or a time for all.
