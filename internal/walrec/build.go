@@ -8,7 +8,15 @@ const RmLogicalMsg = 21
 // Build makes a record that has main data only, CRC included. Data of more than 255 bytes
 // gets the long form of header.
 func Build(rmid, info uint8, xid pg.TransactionID, prev pg.LSN, data []byte) []byte {
-	r := make([]byte, headerSize, headerSize+5+len(data))
+	return BuildWithOrigin(rmid, info, xid, prev, 0, data)
+}
+
+// BuildWithOrigin is Build for a record of a replication origin, if that is not 0.
+func BuildWithOrigin(rmid, info uint8, xid pg.TransactionID, prev pg.LSN, origin uint16, data []byte) []byte {
+	r := make([]byte, headerSize, headerSize+8+len(data))
+	if origin != 0 {
+		r = le.AppendUint16(append(r, idOrigin), origin)
+	}
 	if len(data) > 255 {
 		r = append(r, idDataLong)
 		r = le.AppendUint32(r, uint32(len(data)))

@@ -3,8 +3,12 @@ package ingest
 import (
 	"encoding/binary"
 	"hash/crc32"
+	"maps"
+	"slices"
 
 	"github.com/holdfastdb/holdfast/internal/pg"
+	"github.com/holdfastdb/holdfast/internal/walrec"
+	"github.com/holdfastdb/holdfast/pageserver/change"
 	"github.com/holdfastdb/holdfast/pageserver/keyspace"
 	"github.com/holdfastdb/holdfast/pageserver/redo"
 	"github.com/holdfastdb/holdfast/pageserver/redo/xact"
@@ -26,7 +30,12 @@ func (c *Core) xact() error {
 		cp.AdvanceXid(xid)
 		newest = xid
 	}
-	if err := c.status(); err != nil {
+	if len(c.rec.MainData) > bigXact {
+		err = c.bigStatus(end)
+	} else {
+		err = c.status()
+	}
+	if err != nil {
 		return err
 	}
 	if end.Committed && c.state.Control.TrackCommitTS && xidPrecedes(cp.NewestCommitTsXid, newest) {
@@ -55,6 +64,46 @@ func (c *Core) status() error {
 			return err
 		}
 		c.put(keyspace.SLRUPage(p.Kind, p.Page), timeline.Delta, c.record())
+	}
+	return nil
+}
+
+// bigStatus is status for an end with very many subtransactions. Each page gets a record with its own
+// ones: the whole under each would be more than a version may have, and their square in all.
+func (c *Core) bigStatus(end *xact.End) error {
+	if err := c.statusParts(end, pg.CLog, clogPerPage); err != nil {
+		return err
+	}
+	if !end.Committed || !c.state.Control.TrackCommitTS {
+		return nil
+	}
+	return c.statusParts(end, pg.CommitTS, commitTSPerPage)
+}
+
+func (c *Core) statusParts(end *xact.End, kind pg.SLRUKind, perPage uint32) error {
+	xids := make(map[uint32][]pg.TransactionID)
+	if end.Xid != 0 {
+		xids[uint32(end.Xid)/perPage] = nil
+	}
+	for _, x := range end.Subxacts {
+		xids[uint32(x)/perPage] = append(xids[uint32(x)/perPage], x)
+	}
+	for _, page := range slices.Sorted(maps.Keys(xids)) {
+		if err := c.slruAdd(kind, page); err != nil {
+			return err
+		}
+		some := slices.Compact(xids[page]) // of what PostgreSQL writes each is another
+		for first := true; first || len(some) > 0; first = false {
+			n := min(len(some), int(perPage))
+			part := walrec.Record{LSN: c.rec.LSN, End: c.rec.End, Raw: end.Part(c.rec, some[:n])}
+			data := c.alloc(change.RecordHeader + len(part.Raw))
+			change.PutRecord(data, &part)
+			c.put(keyspace.SLRUPage(kind, page), timeline.Delta, data)
+			some = some[n:]
+			if err := c.stage(); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
