@@ -92,29 +92,33 @@ func (r *rotating) rotate() *pb.KeyVersionsResponse {
 	return v
 }
 
+// onlyCMK is the one CMK that the key needs; empty: it needs several, or a re-wrapping is under way.
+func (r *rotating) onlyCMK() string {
+	r.t.Helper()
+	data, _, err := r.bucket.Get(r.t.Context(), "projects/p1/keys.json")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var doc struct {
+		CMK    string
+		Rewrap any
+		KEKs   []struct{ CMK string }
+	}
+	if err := json.Unmarshal(data, &doc); err != nil {
+		r.t.Fatal(err)
+	}
+	for _, k := range doc.KEKs {
+		if k.CMK != doc.CMK || doc.Rewrap != nil {
+			return ""
+		}
+	}
+	return doc.CMK
+}
+
 // underCMK waits until all that the key needs is one CMK.
 func (r *rotating) underCMK(cmk string) {
 	r.t.Helper()
-	r.eventually("the key under "+cmk+" alone", func() bool {
-		data, _, err := r.bucket.Get(r.t.Context(), "projects/p1/keys.json")
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		var doc struct {
-			CMK    string
-			Rewrap any
-			KEKs   []struct{ CMK string }
-		}
-		if err := json.Unmarshal(data, &doc); err != nil {
-			r.t.Fatal(err)
-		}
-		for _, k := range doc.KEKs {
-			if k.CMK != cmk {
-				return false
-			}
-		}
-		return doc.CMK == cmk && doc.Rewrap == nil
-	})
+	r.eventually("the key under "+cmk+" alone", func() bool { return r.onlyCMK() == cmk })
 }
 
 func (r *rotating) rewrapDEKs(lease string, list ...*pb.WrappedDEK) (*pb.RewrapDEKsResponse, error) {
@@ -317,6 +321,9 @@ func TestChangeOfTheCMKSurvivesACrashAtEachWrite(t *testing.T) {
 				}
 				return left == 0
 			})
+			if r.onlyCMK() == "" {
+				t.Fatalf("write %d, fault %d: the change is neither done nor undone, and nobody goes on with it", n, fault)
+			}
 			if raw, err := r.unwrap(r.mustLease("p1"), dekContext("p1", "a"), deks[0].Wrapped); err != nil || !bytes.Equal(raw, deks[0].Plaintext) {
 				t.Fatalf("write %d, fault %d: %v", n, fault, err)
 			}
