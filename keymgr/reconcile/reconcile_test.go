@@ -3,12 +3,7 @@ package reconcile_test
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,7 +12,6 @@ import (
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
-	"github.com/holdfastdb/holdfast/internal/config"
 	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/kmsopen"
 	"github.com/holdfastdb/holdfast/keymgr/reconcile"
@@ -25,74 +19,10 @@ import (
 	"github.com/holdfastdb/holdfast/test/kmsim/kmsimtest"
 )
 
-// service is a simulated KMS, the key in it, and how a key manager reaches it.
-type service struct {
-	sim      *kmsim.Server
-	ref, cmk string
-	cfg      config.KMS
-}
-
-func setenv(t *testing.T, values map[string]string) {
-	t.Helper()
-	for name, value := range values {
-		t.Setenv(name, value)
-	}
-}
-
-var services = map[string]func(t *testing.T) service{
-	"aws": func(t *testing.T) service {
-		setenv(t, map[string]string{"AWS_ACCESS_KEY_ID": "AKIATEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"})
-		sim, ca := kmsimtest.Start(t)
-		ref := kmsimtest.Key(t, sim, kmsim.AWS)
-		return service{sim, ref, "aws-kms:" + ref, config.KMS{AWS: &config.AWSKMS{Endpoint: sim.URL(), CAFile: ca}}}
-	},
-	"azure": func(t *testing.T) service {
-		sim, ca := kmsimtest.Start(t)
-		setenv(t, map[string]string{"AZURE_TENANT_ID": kmsim.Tenant, "AZURE_CLIENT_ID": "holdfast", "AZURE_CLIENT_SECRET": "secret",
-			"AZURE_AUTHORITY_HOST": sim.URL(), "AZURE_TOKEN_CREDENTIALS": "EnvironmentCredential"})
-		ref := kmsimtest.Key(t, sim, kmsim.Azure)
-		return service{sim, ref, "azure-kv:" + sim.URL() + "/" + ref, config.KMS{Azure: &config.AzureKMS{CAFile: ca, PrivateCloud: true}}}
-	},
-	"google": func(t *testing.T) service {
-		t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", account(t))
-		sim, ca := kmsimtest.Start(t)
-		ref := kmsimtest.Key(t, sim, kmsim.Google)
-		return service{sim, ref, "gcp-kms:" + ref, config.KMS{Google: &config.GoogleKMS{Endpoint: sim.Addr, CAFile: ca}}}
-	},
-	"transit": func(t *testing.T) service {
-		setenv(t, map[string]string{"VAULT_TOKEN": "hvs.test", "BAO_TOKEN": ""})
-		sim, ca := kmsimtest.Start(t)
-		ref := kmsimtest.Key(t, sim, kmsim.Transit)
-		return service{sim, ref, "vault:" + ref, config.KMS{Transit: &config.TransitKMS{Address: sim.URL(), CAFile: ca}}}
-	},
-}
-
-func account(t *testing.T) (file string) {
-	t.Helper()
-	private, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	data, err := json.Marshal(map[string]string{"type": "service_account", "project_id": "demo", "private_key_id": "1", "client_email": "keymgr@demo.iam.gserviceaccount.com",
-		"client_id": "1", "token_uri": "https://127.0.0.1:1/token", "private_key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	file = filepath.Join(t.TempDir(), "account.json")
-	if err := os.WriteFile(file, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // work has a key manager do all that it does with the KMS: wrap, unwrap, be denied, be throttled.
-func work(t *testing.T, s service) (events []keymgr.Event, provider keymgr.Provider) {
+func work(t *testing.T, s kmsimtest.Service) (events []keymgr.Event, provider keymgr.Provider) {
 	t.Helper()
-	provider, err := kmsopen.Open(t.Context(), "", s.cfg)
+	provider, err := kmsopen.Open(t.Context(), "", s.KMS)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,19 +38,19 @@ func work(t *testing.T, s service) (events []keymgr.Event, provider keymgr.Provi
 	defer srv.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if _, err := srv.CreateProject(ctx, &pb.CreateProjectRequest{Project: "p", Cmk: s.cmk}); err != nil {
+	if _, err := srv.CreateProject(ctx, &pb.CreateProjectRequest{Project: "p", Cmk: s.CMK}); err != nil {
 		t.Fatal(err)
 	}
 	ask := func() { _, _ = srv.Lease(ctx, &pb.LeaseRequest{Project: "p", Node: "n"}) } // what comes of it is in the log
 	ask()
-	s.sim.SetFault(kmsim.Throttle)
+	s.Sim.SetFault(kmsim.Throttle)
 	ask()
-	s.sim.SetFault(kmsim.NoFault)
-	if err := s.sim.SetState(s.ref, kmsim.Disabled); err != nil {
+	s.Sim.SetFault(kmsim.NoFault)
+	if err := s.Sim.SetState(s.Ref, kmsim.Disabled); err != nil {
 		t.Fatal(err)
 	}
 	ask()
-	if err := s.sim.SetState(s.ref, kmsim.Enabled); err != nil {
+	if err := s.Sim.SetState(s.Ref, kmsim.Enabled); err != nil {
 		t.Fatal(err)
 	}
 	ask()
@@ -166,12 +96,12 @@ func wantOutcomes(t *testing.T, events []keymgr.Event) {
 
 func TestEachServicesLogAgrees(t *testing.T) {
 	always := reconcile.Window{Since: time.Unix(0, 1)}
-	for name, start := range services {
+	for name, start := range kmsimtest.Services {
 		t.Run(name, func(t *testing.T) {
 			s := start(t)
 			events, provider := work(t, s)
 			wantOutcomes(t, events)
-			calls := export(t, s.sim)
+			calls := export(t, s.Sim)
 			r := reconcile.Compare(events, calls, reconcile.Window{})
 			if !r.Clean() || r.Matched < 4 || len(r.Lost) > 0 {
 				t.Fatalf("nothing was left out, and yet: %+v", r)
@@ -191,10 +121,10 @@ func TestEachServicesLogAgrees(t *testing.T) {
 			}
 			wantOursMissed(t, events, calls, always)
 			// Somebody else uses the key.
-			if _, err := provider.Wrap(t.Context(), s.cmk, keymgr.EncryptionContext{Project: "other", KEKVersion: 1}, []byte("x")); err != nil {
+			if _, err := provider.Wrap(t.Context(), s.CMK, keymgr.EncryptionContext{Project: "other", KEKVersion: 1}, []byte("x")); err != nil {
 				t.Fatal(err)
 			}
-			if r := reconcile.Compare(events, export(t, s.sim), always); len(r.OnlyTheirs) == 0 {
+			if r := reconcile.Compare(events, export(t, s.Sim), always); len(r.OnlyTheirs) == 0 {
 				t.Errorf("somebody else's use of the key was not found: %+v", r)
 			}
 		})

@@ -164,6 +164,9 @@ func (c *call) ask(ctx context.Context, op string, data map[string]any) (map[str
 // read is the client's own, but that this one tells an empty 404, which anybody may give, from
 // the service's, whose list of errors is empty.
 func (c *call) read(ctx context.Context, path string) (*api.Secret, error) {
+	// The client's own context, which ends after a minute, would keep the connection's buffers till then.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	resp, err := c.client.Logical().ReadRawWithContext(ctx, path)
 	if resp != nil {
 		defer resp.Body.Close()
