@@ -204,12 +204,15 @@ func TestBucketOutageEndsNoLease(t *testing.T) {
 	f := newFixture(t)
 	f.create("p1")
 	id := f.mustLease("p1")
-	for range 500 {
+	for range 10_000 {
 		f.faulty.FailNext(blobtest.OpGet, "projects/p1/keys.json", blobtest.Lost)
 	}
 	before := f.kms.unwraps.Load()
 	f.eventually("checks without the bucket", func() bool { return f.kms.unwraps.Load() > before+3 })
 	f.eventually("a renewal", func() bool { again, err := f.lease("p1", id); return err == nil && again == id })
+	if _, _, err := f.faulty.Get(t.Context(), "projects/p1/keys.json"); err == nil {
+		t.Error("the bucket answers again: the test has shown nothing")
+	}
 }
 
 // watchStream is a node's end of Watch.

@@ -159,3 +159,16 @@ func TestProbesAskEachCMK(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// What was read before a hold was written, and comes after it, does not end the hold.
+func TestAnOldDocumentReplacesNoNewerOne(t *testing.T) {
+	k := newKeyState(keyID{project: "p1"})
+	held := &document{Revision: 2, Hold: &hold{Reason: "drill"}}
+	k.take(held)
+	if got := k.take(&document{Revision: 1}); got != held || k.known() != held {
+		t.Errorf("revision %d took the place of revision 2", got.Revision)
+	}
+	if got := k.take(&document{Revision: 3}); got.Hold != nil {
+		t.Error("a newer one was not taken")
+	}
+}
