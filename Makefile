@@ -6,8 +6,8 @@ export GOFLAGS ?= -trimpath
 FUZZTIME ?= 20s
 
 # Tests that run whole clusters, one after another: they share the machine.
-E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms ./test/fips ./test/memory ./test/keyloss ./test/rotation ./test/keycli ./test/revocation
-UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms|fips|memory|keyloss|rotation|keycli|revocation)$$')
+E2E = ./test/torture ./test/canary ./test/fencing ./test/badinput ./test/oracle ./test/pagecheck ./test/smoke ./test/survive ./test/cloudkms ./test/fips ./test/memory ./test/keyloss ./test/rotation ./test/keycli ./test/shredding ./test/revocation
+UNIT = $(shell go list ./... | grep -v -E '/test/(torture|canary|fencing|badinput|oracle|pagecheck|smoke|survive|cloudkms|fips|memory|keyloss|rotation|keycli|shredding|revocation)$$')
 
 # What encrypts, and what asks a KMS, runs in Go's FIPS 140-3 mode as well; ./test/fips ./test/memory runs a cluster in it.
 FIPS = ./internal/seal ./internal/keyring ./internal/dekwire ./internal/hardening ./keymgr/... ./compute/scratch ./pageserver/layer
