@@ -218,15 +218,16 @@ func (b *branch) session(ctx context.Context) (err error) {
 func (b *branch) onShred() (ended func()) {
 	over := make(chan struct{})
 	cancel := b.srv.cfg.Ring.OnShred(b.name.project, b.name.branch, func(error) []string {
-		limit := time.After(shredWait)
+		limit, cancel := context.WithTimeout(context.Background(), shredWait)
+		defer cancel()
 		select {
 		case <-over:
-		case <-limit:
+		case <-limit.Done():
 		}
 		for b.answering.Load() > 0 {
 			select {
 			case <-time.After(time.Millisecond):
-			case <-limit:
+			case <-limit.Done():
 				return []string{fmt.Sprintf("branch %s: calls that were under way have not ended within %v; they give no answer", b.name.branch, shredWait)}
 			}
 		}
@@ -235,8 +236,9 @@ func (b *branch) onShred() (ended func()) {
 	return func() { close(over); cancel() }
 }
 
-// shredWait bounds how long a shredding waits for what is under way.
-const shredWait = 5 * time.Second
+// shredWait bounds how long a shredding waits for what is under way, within what the process's guard
+// allows (internal/leaseguard).
+const shredWait = time.Second
 
 // enter notes that WAL of an epoch is about to show.
 func (b *branch) enter(epoch uint64) {

@@ -231,8 +231,13 @@ func (r *ring) askLease(name scopeName, id string, limit time.Duration) (*pb.Lea
 	if resp.LeaseId == "" || resp.TtlMs <= 0 {
 		return nil, 0, fmt.Errorf("%w: the key manager gave no lease and no error", ErrUnreachable)
 	}
-	return resp, asked + time.Duration(resp.TtlMs)*time.Millisecond, nil
+	ttl := time.Duration(resp.TtlMs) * time.Millisecond
+	return resp, asked + ttl - headroom(ttl), nil
 }
+
+// headroom is how long before its lease's end a node begins to shred one that was not renewed: what
+// was held under it is to be gone at the end, also on a busy machine.
+func headroom(ttl time.Duration) time.Duration { return min(ttl/8, time.Second) }
 
 // callError puts a call's error in the terms of this package. Only an answer that speaks of
 // the request itself is for good; all else says nothing of the key, and may pass: a branch that

@@ -54,16 +54,18 @@ func (p *scope) end(term uint64, reason error) {
 	go s.run()
 }
 
-// run has everything dropped, tells the guard, and then the key manager.
+// run has everything dropped, tells the guard, overwrites what was freed, and tells the key manager.
 func (s *shredding) run() {
 	defer s.p.ring.reports.Done()
 	s.drop()
-	hardening.Scrub()
-	s.report.ShreddedUnixUs = max(time.Now().UnixMicro(), s.report.KeysWipedUnixUs) // the wall clock may be set back
+	// The guard is told before the scrub: with a large heap that takes longer than the guard would wait,
+	// and a role of many projects must not die because one of them was shredded slowly.
 	s.p.mu.Lock()
 	delete(s.p.mu.shredding, s.term)
 	s.p.mu.Unlock()
 	s.p.ring.publish()
+	hardening.Scrub()
+	s.report.ShreddedUnixUs = max(time.Now().UnixMicro(), s.report.KeysWipedUnixUs) // the wall clock may be set back
 	s.p.ring.tell(s.report)
 }
 

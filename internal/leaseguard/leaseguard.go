@@ -31,8 +31,9 @@ import (
 )
 
 const (
-	// Allowance is how long a role may take to shred after a lease's end before it is killed.
-	Allowance = 1500 * time.Millisecond
+	// Allowance is how long a role may take to shred, from when its ring lets go of a lease (which is up to
+	// a second before the lease's end), before it is killed.
+	Allowance = 2500 * time.Millisecond
 	// PageSize is the size of the shared page, in bytes.
 	PageSize = 4096
 

@@ -45,6 +45,9 @@ func Run(mem, role int) error {
 		w.other.follow(int(p.also().Load()))
 		wait, late := overdue(time.Duration(p.deadline().Load()), boottime.Now())
 		if late {
+			// The role may be in no state to say it.
+			fmt.Fprintf(os.Stderr, "holdfast guard: process %d held what it had under a key %v past its lease's end; it is killed, and can be started again\n",
+				os.Getppid(), Allowance)
 			w.kill()
 		}
 		ended, err := awaitEnd(role, wait)

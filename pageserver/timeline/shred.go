@@ -15,9 +15,9 @@ type remains struct {
 	images   int // of pages that were read often
 }
 
-// shredWait bounds how long a shredding waits for calls that are under way. They see that the
-// timeline failed before they give a result.
-const shredWait = 5 * time.Second
+// shredWait bounds how long a shredding waits for calls that are under way, within what the process's
+// guard allows (internal/leaseguard). They see that the timeline failed before they give a result.
+const shredWait = time.Second
 
 // shred is what the ring calls when the lease is over. It drops all plaintext (K2), and waits for
 // those who were working on some: what they hold is dropped, too, when they are gone.
