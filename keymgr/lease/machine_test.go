@@ -210,6 +210,8 @@ func TestHoldIsStrongerThanTheKMS(t *testing.T) {
 	m.Release(3*s, "p")
 	want(t, "released, not checked", m.Request(3*s, ask("p", "n", "", "l2")).Kind, Check)
 	want(t, "state", m.Status(3*s, "p").State, Revoked)
+	m.CheckResult(3*s-1, 3*s+1, "p", OK)
+	want(t, "a check from before the release", m.Status(3*s+1, "p").State, Revoked)
 	m.CheckResult(3*s, 4*s, "p", OK)
 	want(t, "checked", m.Request(4*s, ask("p", "n", "", "l2")).Kind, Grant)
 }
