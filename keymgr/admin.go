@@ -148,7 +148,7 @@ func (s *Server) CheckCMK(ctx context.Context, matches func(cmk string) bool) ([
 		sync.Mutex
 		err error
 	}
-	s.eachKey(ids, func(i int) {
+	each(len(ids), func(i int) {
 		names[i] = ids[i].String()
 		err := s.check(ctx, s.key(ids[i]), func() (older bool) {
 			s.withMachine(func(m *lease.Machine) { older = m.CheckedBefore(called, names[i]) })

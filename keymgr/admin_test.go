@@ -296,3 +296,31 @@ func TestSlowWatchersAreDropped(t *testing.T) {
 		}
 	}
 }
+
+// Whoever is refused learns who can end it: its clients are told, also when the key manager is gone by then.
+func TestRefusalsSayWhoCanEndThem(t *testing.T) {
+	f := newFixture(t)
+	f.create("p1")
+	f.mustLease("p1")
+	refused := func() string {
+		var by string
+		f.eventually("refusal", func() bool {
+			_, err := f.lease("p1", "")
+			by = rpc.Detail(err).GetControlledBy()
+			return rpc.Reason(err) == pb.ErrorDetail_KEY_REVOKED
+		})
+		return by
+	}
+	if err := f.kms.Disable("dev"); err != nil {
+		t.Fatal(err)
+	}
+	if by := refused(); by != "development KMS key dev" {
+		t.Errorf("a disabled CMK is controlled by %q", by)
+	}
+	if _, err := f.srv.RevokeKey(t.Context(), &pb.RevokeKeyRequest{Key: &pb.KeyRef{Project: "p1"}}); err != nil {
+		t.Fatal(err)
+	}
+	if by := refused(); by != "holdfast key resume" {
+		t.Errorf("a held key is controlled by %q", by)
+	}
+}

@@ -33,10 +33,11 @@ type Event struct {
 	Seq  uint64    `json:"seq"`
 	Time time.Time `json:"time"`
 	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, cmk.wrap, cmk.unwrap,
-	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, dek.generated,
-	// dek.unwrapped, key.held, key.released, key.grace, kms.notice, receipt.opened, receipt.completed, shred.reported.
+	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, kek.rotated, kek.retired,
+	// dek.generated, dek.unwrapped, dek.rewrapped, key.held, key.released, key.grace, key.rewrap.begun, key.rewrapped,
+	// branch.key.destroyed, kms.notice, receipt.opened, receipt.completed, shred.reported.
 	Event      string   `json:"event"`
-	Outcome    string   `json:"outcome"` // ok, denied, unreachable, unknown, failed
+	Outcome    string   `json:"outcome"` // ok, denied, held, unreachable, unknown, destroyed, failed
 	Project    string   `json:"project,omitempty"`
 	Branch     string   `json:"branch,omitempty"` // of a key that is a branch's own
 	Node       string   `json:"node,omitempty"`

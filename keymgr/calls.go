@@ -49,8 +49,13 @@ func invalid(format string, args ...any) error {
 }
 
 func refusal(why lease.Outcome, format string, args ...any) error {
+	return refusalBy("", why, format, args...)
+}
+
+// refusalBy also says who can end a revocation: clients are told so even if nobody can be asked then.
+func refusalBy(controlledBy string, why lease.Outcome, format string, args ...any) error {
 	if why == lease.Denied || why == lease.Held {
-		return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, format, args...)
+		return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED, ControlledBy: controlledBy}, format, args...)
 	}
 	return rpc.Error(codes.Unavailable, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_UNREACHABLE}, format, args...)
 }

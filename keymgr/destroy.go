@@ -50,14 +50,18 @@ func (s *Server) DestroyBranchKey(ctx context.Context, req *pb.KeyRef) (*pb.Dest
 // forgetKey ends the key's leases and wipes its KEKs.
 func (s *Server) forgetKey(ctx context.Context, id keyID) error {
 	var ended []lease.Lease
+	wiped := false
 	s.withMachine(func(m *lease.Machine) {
 		ended = m.Drop(id.String())
 		if k := s.mu.keys[id]; k != nil {
-			k.wipe()
+			wiped = k.wipe()
 		}
 		delete(s.mu.keys, id)
 		delete(s.mu.refused, id)
 	})
+	if wiped {
+		s.scrub()
+	}
 	var events []Event
 	for _, l := range ended {
 		events = append(events, id.event(Event{Event: "lease.revoked", Outcome: "destroyed", Node: l.Node, Lease: l.ID}))
@@ -84,8 +88,11 @@ func (s *Server) deleteReceipts(ctx context.Context, id keyID) error {
 	return nil
 }
 
-// discard closes the key's receipts, as they are.
+// discard closes the key's receipts, as they are. One that is being written is waited for: it would be there
+// again after its deletion.
 func (b *receiptBook) discard(id keyID) {
+	b.keeping.Lock()
+	defer b.keeping.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	kept := b.mu.open[:0]

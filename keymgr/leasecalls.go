@@ -94,11 +94,15 @@ func (s *Server) refuse(ctx context.Context, id keyID, node string, why lease.Ou
 	k := s.key(id)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if why == lease.Held && k.mu.doc != nil && k.mu.doc.Hold != nil {
-		return refusal(why, "%s: its key is held back since %s (%s): holdfast key resume ends that", id.words(),
-			time.UnixMilli(k.mu.doc.Hold.SinceUnixMS).UTC().Format(time.RFC3339), k.mu.doc.Hold.Reason)
+	doc := k.mu.doc
+	switch {
+	case doc == nil:
+		return refusal(why, "%s: its key cannot be used: %s", id.words(), k.mu.lastError)
+	case why == lease.Held && doc.Hold != nil:
+		return refusalBy(doc.controlledBy(), why, "%s: its key is held back since %s (%s): holdfast key resume ends that", id.words(),
+			time.UnixMilli(doc.Hold.SinceUnixMS).UTC().Format(time.RFC3339), doc.Hold.Reason)
 	}
-	return refusal(why, "%s: its key cannot be used: %s", id.words(), k.mu.lastError)
+	return refusalBy(doc.controlledBy(), why, "%s: its key cannot be used: %s", id.words(), k.mu.lastError)
 }
 
 // whyWords is a refusal's reason in the audit log.

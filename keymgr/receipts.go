@@ -30,6 +30,8 @@ const (
 const (
 	// receiptEvery is how often what is open is looked at, and kept.
 	receiptEvery = 100 * time.Millisecond
+	// receiptRetry is the pause after one could not be kept.
+	receiptRetry = time.Second
 	// maxReceipts bounds the receipts of a key that are listed, the newest.
 	maxReceipts = 200
 	// lateReceipts bounds the receipts, the newest, in which a report is looked for that comes when its
@@ -41,9 +43,10 @@ const (
 type openReceipt struct {
 	id      keyID
 	receipt *pb.Receipt
-	began   bool // something of it has come true: it is to be kept
-	opened  bool // the audit log has it
-	dirty   bool // the bucket has it otherwise
+	began   bool      // something of it has come true: it is to be kept
+	opened  bool      // the audit log has it
+	dirty   bool      // the bucket has it otherwise
+	retry   time.Time // before it, after a failure, it is not tried again
 }
 
 // receiptBook holds the receipts that are filled now. It is kept in the bucket, behind what happens:
@@ -185,7 +188,7 @@ func (b *receiptBook) pending(now time.Time) (todo []*openReceipt, forms []*pb.R
 		if o.began && !r.Complete && receipt.Complete(r, now.UnixMicro()) {
 			r.Complete, o.dirty = true, true
 		}
-		if o.began && o.dirty {
+		if o.began && o.dirty && (!now.Before(o.retry) || b.s.ctx.Err() != nil) { // closing, there is no other time
 			todo, forms = append(todo, o), append(forms, proto.CloneOf(r))
 			o.dirty = false
 		}
@@ -197,15 +200,11 @@ func (b *receiptBook) keepAll(ctx context.Context) {
 	b.keeping.Lock()
 	defer b.keeping.Unlock()
 	todo, forms := b.pending(time.Now())
-	var wg sync.WaitGroup
-	for i, o := range todo {
-		wg.Go(func() {
-			if err := b.keep(ctx, o, forms[i]); err != nil && b.s.ctx.Err() == nil {
-				b.s.cfg.Logger.Error("a receipt could not be kept; it will be tried again", "receipt", forms[i].Id, "key", forms[i].Key, "err", err)
-			}
-		})
-	}
-	wg.Wait()
+	each(len(todo), func(i int) {
+		if err := b.keep(ctx, todo[i], forms[i]); err != nil && b.s.ctx.Err() == nil {
+			b.s.cfg.Logger.Error("a receipt could not be kept; it will be tried again", "receipt", forms[i].Id, "key", forms[i].Key, "err", err)
+		}
+	})
 }
 
 // keep audits a receipt and puts it in the bucket; complete, it is closed. What fails is
@@ -217,7 +216,7 @@ func (b *receiptBook) keep(ctx context.Context, o *openReceipt, form *pb.Receipt
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err != nil {
-		o.dirty = true
+		o.dirty, o.retry = true, time.Now().Add(receiptRetry)
 		return err
 	}
 	if form.Complete && !o.dirty {
@@ -248,9 +247,13 @@ func (b *receiptBook) tryKeep(ctx context.Context, o *openReceipt, form *pb.Rece
 	if err != nil || !form.Complete {
 		return err
 	}
-	sum := sha256.Sum256(data)
-	return b.s.audit.append(ctx, o.id.event(Event{Event: "receipt.completed", Outcome: "ok",
-		Detail: fmt.Sprintf("receipt %s, %d leases, %d without a signed report, SHA-256 %x", form.Id, len(form.Entries), len(receipt.Unproven(form)), sum)}))
+	return b.s.audit.append(ctx, o.id.event(completed(form, data)))
+}
+
+// completed tells of a complete receipt as the bucket has it: also when a late report has changed it.
+func completed(r *pb.Receipt, data []byte) Event {
+	return Event{Event: "receipt.completed", Outcome: "ok", Detail: fmt.Sprintf("receipt %s, %d leases, %d without a signed report, SHA-256 %x",
+		r.Id, len(r.Entries), len(receipt.Unproven(r)), sha256.Sum256(data))}
 }
 
 // putReceipt makes the bucket have a receipt with all that it and the bucket's form of it have.
@@ -340,7 +343,10 @@ func (s *Server) lateReport(ctx context.Context, id keyID, report *pb.ShredRepor
 		if _, err := receipt.Add(r, report); err != nil {
 			return true, fmt.Errorf("%w: %w", errBadReport, err)
 		}
-		_, err := putReceipt(ctx, s.cfg.BlobStore, id, r)
+		data, err := putReceipt(ctx, s.cfg.BlobStore, id, r)
+		if err == nil && r.Complete {
+			err = s.audit.append(ctx, id.event(completed(r, data)))
+		}
 		return true, err
 	}
 	return false, nil

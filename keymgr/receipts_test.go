@@ -2,6 +2,8 @@ package keymgr_test
 
 import (
 	"crypto/ed25519"
+	"crypto/sha256"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +110,13 @@ func TestReceiptOfARevocation(t *testing.T) {
 		t.Errorf("a late report: %v", e)
 	}
 	text := f.audit()
+	data, _, err := f.bucket.Get(t.Context(), "projects/p1/receipts/"+r.Id+".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := strings.LastIndex(text, "receipt.completed"); i < 0 || !strings.Contains(text[i:], fmt.Sprintf("SHA-256 %x", sha256.Sum256(data))) {
+		t.Error("the audit log's last word on the receipt is not of what the bucket has")
+	}
 	for _, want := range []string{`"event":"receipt.opened","outcome":"denied"`, `"event":"receipt.completed"`, `"event":"shred.reported"`} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the audit log lacks %s", want)

@@ -21,7 +21,7 @@ const (
 // resolver knows which branches have keys of their own.
 type resolver struct {
 	sync.Mutex
-	own   map[keyID]struct{}      // for good: such a key is never taken away
+	own   map[keyID]struct{}      // for good: a branch whose key was destroyed is not under its project's
 	noOwn map[keyID]time.Duration // until when that is believed
 }
 

@@ -31,6 +31,8 @@ type Config struct {
 	// answering; nil: 10 minutes.
 	Grace  *time.Duration
 	Logger *slog.Logger // nil: none
+
+	scrub func() // nil: scrubMemory; for tests
 }
 
 func (c *Config) ensureDefaults() {
@@ -46,6 +48,9 @@ func (c *Config) ensureDefaults() {
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.scrub == nil {
+		c.scrub = scrubMemory
 	}
 }
 
@@ -84,6 +89,7 @@ type Server struct {
 	services *serviceSlots
 	began    time.Time
 	rewraps  turns
+	dirty    chan struct{} // of one place: memory is to be scrubbed
 	stop     context.CancelFunc
 	ctx      context.Context // ends with Close
 	wg       sync.WaitGroup
@@ -118,15 +124,17 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, audit: audit, resolver: newResolver(), watchers: newWatchers(), services: newServiceSlots(), began: time.Now()}
+	s := &Server{cfg: cfg, audit: audit, resolver: newResolver(), watchers: newWatchers(), services: newServiceSlots(), began: time.Now(),
+		dirty: make(chan struct{}, 1)}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.receipts = newReceiptBook(s)
 	s.mu.machine = lease.New(cfg.times())
 	s.mu.keys = make(map[keyID]*keyState)
 	s.mu.refused = make(map[keyID]map[string]bool)
 	s.mu.checking = make(map[string]bool)
-	s.wg.Add(3)
+	s.wg.Add(4)
 	go s.tick()
+	go s.keepScrubbed()
 	go s.receipts.run()
 	go s.keepRewrapping()
 	return s, nil

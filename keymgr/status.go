@@ -64,12 +64,12 @@ func (s *Server) statusOf(k *keyState) *pb.KeyStatusResponse {
 	switch st.State {
 	case lease.Grace:
 		resp.UntilUnixMs = wall(st.Until).UnixMilli()
-		resp.ControlledBy = controller(doc.CMK)
+		resp.ControlledBy = doc.controlledBy()
 	case lease.Revoked, lease.StateUnreachable:
-		resp.ControlledBy = controller(doc.CMK)
+		resp.ControlledBy = doc.controlledBy()
 	}
 	if doc.Hold != nil {
-		resp.ControlledBy = "holdfast key resume"
+		resp.ControlledBy = doc.controlledBy()
 		resp.ProviderError = "held back: " + doc.Hold.Reason
 		resp.SinceUnixMs = doc.Hold.SinceUnixMS
 	}
@@ -77,6 +77,14 @@ func (s *Server) statusOf(k *keyState) *pb.KeyStatusResponse {
 		resp.Holders = append(resp.Holders, &pb.KeyHolder{Node: l.Node, LeaseId: l.ID, EndsUnixMs: wall(l.End).UnixMilli()})
 	}
 	return resp
+}
+
+// controlledBy says, for people, who decides whether the key may be used.
+func (d *document) controlledBy() string {
+	if d.Hold != nil {
+		return "holdfast key resume"
+	}
+	return controller(d.CMK)
 }
 
 // controller names, for people, who decides over a CMK.
@@ -93,8 +101,8 @@ func controller(cmk string) string {
 	return words + " key " + key
 }
 
-// listAtOnce bounds the keys that ListKeys looks at at once.
-const listAtOnce = 64
+// atOnce bounds what is done at once for many keys: goroutines, and calls to the bucket.
+const atOnce = 64
 
 // ListKeys implements pb.KeyAdminServer. A key that cannot be looked at is listed with the error.
 func (s *Server) ListKeys(ctx context.Context, _ *pb.ListKeysRequest) (*pb.ListKeysResponse, error) {
@@ -105,7 +113,7 @@ func (s *Server) ListKeys(ctx context.Context, _ *pb.ListKeysRequest) (*pb.ListK
 		return nil, s.callError(err)
 	}
 	resp := &pb.ListKeysResponse{Keys: make([]*pb.KeyStatusResponse, len(ids))}
-	s.eachKey(ids, func(i int) {
+	each(len(ids), func(i int) {
 		st, err := s.keyStatus(ctx, ids[i])
 		if err != nil {
 			st = &pb.KeyStatusResponse{Key: ids[i].String(), State: string(lease.StateNone), ProviderError: err.Error()}
@@ -115,12 +123,12 @@ func (s *Server) ListKeys(ctx context.Context, _ *pb.ListKeysRequest) (*pb.ListK
 	return resp, nil
 }
 
-// eachKey calls fn for each of the keys, several at once.
-func (s *Server) eachKey(ids []keyID, fn func(i int)) {
+// each calls fn, which takes a bounded time, for 0 to n-1, several at once.
+func each(n int, fn func(i int)) {
 	var wg sync.WaitGroup
-	places := make(chan struct{}, listAtOnce)
-	for i := range ids {
-		places <- struct{}{} // a call of fn ends with ctx at the latest
+	places := make(chan struct{}, atOnce)
+	for i := range n {
+		places <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-places }()
 			fn(i)
