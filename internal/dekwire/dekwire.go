@@ -101,6 +101,21 @@ func (b *box) open(i int, sealed []byte) ([]byte, error) {
 	return raw, nil
 }
 
+// openAll replaces sealed DEKs by raw ones. If one does not open, none stays open.
+func (b *box) openAll(deks [][]byte) error {
+	for i, sealed := range deks {
+		raw, err := b.open(i, sealed)
+		if err != nil {
+			for _, opened := range deks[:i] {
+				clear(opened)
+			}
+			return err
+		}
+		deks[i] = raw
+	}
+	return nil
+}
+
 func newKey() (*ecdh.PrivateKey, error) {
 	k, err := ecdh.P256().GenerateKey(rand.Reader)
 	if err != nil {

@@ -221,3 +221,26 @@ func BenchmarkCall(b *testing.B) {
 		}
 	}
 }
+
+// Where one of an answer's DEKs does not open, the others do not stay open.
+func TestOneThatDoesNotOpenClosesAll(t *testing.T) {
+	own, err := newKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := own.PublicKey().Bytes()
+	b, err := newBox(own, public, public, public, ask{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw := bytes.Repeat([]byte{7}, 32)
+	deks := [][]byte{b.seal(0, raw), b.seal(1, raw), b.seal(1, raw)}
+	if err := b.openAll(deks); err == nil {
+		t.Fatal("a DEK opened in another's place")
+	}
+	for _, d := range deks[:2] {
+		if !bytes.Equal(d, make([]byte, 32)) {
+			t.Errorf("what is left of one that opened: %d bytes", len(d))
+		}
+	}
+}

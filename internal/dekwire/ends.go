@@ -55,10 +55,15 @@ func (c client) GenerateDEKs(ctx context.Context, req *pb.GenerateDEKsRequest, o
 		return nil, badAnswer(err)
 	}
 	defer b.wipe()
+	raws := make([][]byte, len(resp.Deks))
 	for i, d := range resp.Deks {
-		if d.Plaintext, err = b.open(i, d.Plaintext); err != nil {
-			return nil, badAnswer(err)
-		}
+		raws[i] = d.Plaintext
+	}
+	if err := b.openAll(raws); err != nil {
+		return nil, badAnswer(err)
+	}
+	for i, d := range resp.Deks {
+		d.Plaintext = raws[i]
 	}
 	return resp, nil
 }
@@ -80,10 +85,8 @@ func (c client) UnwrapDEKs(ctx context.Context, req *pb.UnwrapDEKsRequest, opts 
 		return nil, badAnswer(err)
 	}
 	defer b.wipe()
-	for i := range resp.Plaintexts {
-		if resp.Plaintexts[i], err = b.open(i, resp.Plaintexts[i]); err != nil {
-			return nil, badAnswer(err)
-		}
+	if err := b.openAll(resp.Plaintexts); err != nil {
+		return nil, badAnswer(err)
 	}
 	return resp, nil
 }

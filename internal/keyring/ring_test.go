@@ -469,6 +469,37 @@ func TestShreddedNodeMayCloseItsRing(t *testing.T) {
 	<-closed
 }
 
+// Of an answer that cannot be right nothing stays in memory.
+func TestBadAnswersLeaveNoKey(t *testing.T) {
+	for _, bad := range []int{31, 0} { // bytes of the last key; 0: it is missing
+		raws := [][]byte{bytes.Repeat([]byte{1}, seal.KeySize), bytes.Repeat([]byte{2}, seal.KeySize), bytes.Repeat([]byte{3}, bad)}
+		if bad == 0 {
+			raws = raws[:2]
+		}
+		var taken []*seal.Key
+		_, err := newKeys(raws, 3, func(raw []byte) (*seal.Key, error) {
+			k, err := seal.NewKey(raw)
+			if k != nil {
+				taken = append(taken, k)
+			}
+			return k, err
+		})
+		if err == nil {
+			t.Errorf("a key of %d bytes: no error", bad)
+		}
+		for _, raw := range raws {
+			if len(bytes.Trim(raw, "\x00")) > 0 {
+				t.Error("a raw key is left")
+			}
+		}
+		for _, k := range taken {
+			if !wiped(k) {
+				t.Error("a key is left")
+			}
+		}
+	}
+}
+
 func TestClosedRing(t *testing.T) {
 	r := New(newFake(t), "node")
 	r.Close()

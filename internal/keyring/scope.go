@@ -153,12 +153,12 @@ func (p *scope) acquire() error {
 		return err
 	}
 	r := p.ring
-	r.startWatch()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.mu.closed {
-		return fmt.Errorf("the key ring is closed: %w", ErrUnreachable)
+		return errClosed
 	}
+	r.startWatch() // under the lock: nothing is added to wg once Close waits for it
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.mu.term++
@@ -354,16 +354,17 @@ func (p *scope) callGenerate(contexts []seal.Context) ([]madeKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(resp.Deks) != len(contexts) {
-		return nil, fmt.Errorf("%w: the key manager made %d keys of %d", ErrUnreachable, len(resp.Deks), len(contexts))
+	raws := make([][]byte, len(resp.Deks))
+	for i, d := range resp.Deks {
+		raws[i] = d.Plaintext
+	}
+	keys, err := newKeys(raws, len(contexts), seal.NewKey)
+	if err != nil {
+		return nil, err
 	}
 	made := make([]madeKey, len(contexts))
 	for i, d := range resp.Deks {
-		k, err := seal.NewKey(d.Plaintext)
-		if err != nil {
-			return nil, fmt.Errorf("key manager: %w", err)
-		}
-		made[i] = madeKey{k, d.Wrapped}
+		made[i] = madeKey{keys[i], d.Wrapped}
 	}
 	return made, p.admit(term, func() {
 		for _, m := range made {
@@ -391,14 +392,9 @@ func (p *scope) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(resp.Plaintexts) != len(wrapped) {
-		return nil, fmt.Errorf("%w: the key manager opened %d keys of %d", ErrUnreachable, len(resp.Plaintexts), len(wrapped))
-	}
-	keys := make([]*seal.Key, len(wrapped))
-	for i, raw := range resp.Plaintexts {
-		if keys[i], err = seal.NewOpenKey(raw); err != nil {
-			return nil, fmt.Errorf("key manager: %w", err)
-		}
+	keys, err := newKeys(resp.Plaintexts, len(wrapped), seal.NewOpenKey)
+	if err != nil {
+		return nil, err
 	}
 	return keys, p.admit(term, func() {
 		for i, w := range wrapped {
@@ -416,6 +412,32 @@ func (p *scope) callOpen(wrapped []wrappedKey) ([]*seal.Key, error) {
 			k.Wipe()
 		}
 	})
+}
+
+// newKeys takes the raw keys of an answer, as many as were asked for. If it fails nothing is left of any of them.
+func newKeys(raws [][]byte, want int, take func(raw []byte) (*seal.Key, error)) (keys []*seal.Key, err error) {
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, raw := range raws {
+			clear(raw)
+		}
+		for _, k := range keys {
+			k.Wipe()
+		}
+	}()
+	if len(raws) != want {
+		return nil, fmt.Errorf("%w: the key manager gave %d keys, want %d", ErrUnreachable, len(raws), want)
+	}
+	for _, raw := range raws {
+		k, err := take(raw)
+		if err != nil {
+			return keys, fmt.Errorf("key manager: %w", err)
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
 }
 
 // admit takes keys into the ring, or wipes them if the term in which they were asked for
