@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,9 +30,12 @@ func (c *client) close() {
 	unix.Close(c.pidfd)
 }
 
-// find lists the clients that are connected.
-func (s *Server) find() (list []*client) {
+// find lists the clients that are connected, as far as it gets in time.
+func (s *Server) find(until time.Time) (list []*client) {
 	for _, pid := range children(s.PID) {
+		if !time.Now().Before(until) {
+			return list
+		}
 		if c := s.open(pid); c != nil {
 			list = append(list, c)
 		}

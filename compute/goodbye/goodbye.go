@@ -46,10 +46,12 @@ type Told struct {
 	Theirs  int // and so many in PostgreSQL's
 }
 
-// Shares of the time that there is.
+// Ends of the steps, in eighths of the time that there is.
 const (
-	stopShare   = 4 // a quarter for backends to stop,
-	theirsShare = 2 // a half for those that speak for themselves
+	foundBy  = 2 // who is not found by then is cut off without words
+	stopBy   = 3
+	theirsBy = 4 // of those that speak for themselves
+	quitBy   = 6
 )
 
 // Say tells the clients of a server and returns in time. The server does not serve after it: it is
@@ -59,7 +61,8 @@ func Say(s Server, message []byte, within time.Duration) Told {
 	if s.dup == nil {
 		s.dup = unix.PidfdGetfd
 	}
-	clients := s.find()
+	by := func(eighths int) time.Time { return began.Add(within * time.Duration(eighths) / 8) }
+	clients := s.find(by(foundBy))
 	defer func() {
 		for _, c := range clients {
 			c.close()
@@ -75,15 +78,15 @@ func Say(s Server, message []byte, within time.Duration) Told {
 	}
 	signal(theirs, unix.SIGTERM)
 	signal(ours, unix.SIGSTOP)
-	ours = stopped(ours, began.Add(within/stopShare))
+	ours = stopped(ours, by(stopBy))
 	for _, c := range ours {
 		c.before, c.known = written(c.socket)
 	}
-	told := Told{Clients: len(clients), Theirs: awaitExits(theirs, began.Add(within/theirsShare))}
+	told := Told{Clients: len(clients), Theirs: awaitExits(theirs, by(theirsBy))}
 	_ = unix.Kill(s.PID, unix.SIGQUIT) // it may be gone
-	awaitPending(ours, began.Add(within*3/4))
+	awaitPending(ours, by(quitBy))
 	signal(ours, unix.SIGCONT)
-	awaitExits(ours, began.Add(within))
+	awaitExits(ours, by(8))
 	for _, c := range ours {
 		if c.atBoundary() && c.say(message) {
 			told.Ours++

@@ -323,3 +323,23 @@ func TestManyClients(t *testing.T) {
 		t.Errorf("%d clients heard what %d were told", heard, told.Ours)
 	}
 }
+
+// However many clients there are, the looking for them ends in time.
+func TestTheSearchForClientsEnds(t *testing.T) {
+	s := server(t, nil)
+	connect(t, s)
+	look := Server{PID: s.PID(), Port: s.Target().Port, dup: unix.PidfdGetfd}
+	count := func(until time.Time) int {
+		list := look.find(until)
+		for _, c := range list {
+			c.close()
+		}
+		return len(list)
+	}
+	if n := count(time.Now().Add(time.Hour)); n != 1 {
+		t.Errorf("found %d clients, want 1", n)
+	}
+	if n := count(time.Now()); n != 0 {
+		t.Errorf("found %d clients when the time was over", n)
+	}
+}
