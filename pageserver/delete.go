@@ -24,12 +24,14 @@ func (s *Server) DeleteBranch(ctx context.Context, r *pb.DeleteBranchRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	defer s.endDeleting(name)
+	gone := b == nil
+	defer func() { s.endDeleting(name, gone) }()
 	if b != nil {
 		b.stop()
 		select {
 		case <-b.done:
-		case <-ctx.Done():
+			gone = true
+		case <-ctx.Done(): // the next call waits for it again: nothing is deleted under who may write
 			return nil, rpc.Error(codes.Unavailable, nil, "waiting until branch %s has stopped: %v", r.Branch, ctx.Err())
 		}
 	}
@@ -48,13 +50,15 @@ func (s *Server) beginDeleting(name branchName) (*branch, error) {
 		return nil, rpc.Error(codes.Unavailable, nil, "branch %s is being deleted, or this page server is shutting down", name.branch)
 	}
 	s.mu.deleting[name] = true
-	b := s.mu.branches[name]
-	delete(s.mu.branches, name)
-	return b, nil
+	return s.mu.branches[name], nil
 }
 
-func (s *Server) endDeleting(name branchName) {
+// endDeleting forgets the branch if it has stopped.
+func (s *Server) endDeleting(name branchName, gone bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.mu.deleting, name)
+	if gone {
+		delete(s.mu.branches, name)
+	}
 }

@@ -73,7 +73,7 @@ func (t *Timeline) rewrapDEKs(ctx context.Context, layers []layerDesc) (fresh ma
 	}
 	wrapped, version, err := t.cfg.Ring.Rewrap(ctx, list)
 	if errors.Is(err, keyring.ErrRevoked) {
-		t.shred(err)
+		t.revoked(err)
 	}
 	if err != nil {
 		return nil, 0, err
