@@ -9,3 +9,11 @@ func (s *Server) Watchers() int {
 	defer s.watchers.Unlock()
 	return len(s.watchers.all)
 }
+
+// KEKs counts the versions of a key's KEK that are in memory.
+func (s *Server) KEKs(key string) int {
+	k := s.key(parseKeyID(key))
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.mu.keks)
+}

@@ -67,12 +67,26 @@ const (
 	documentFormatOld = 1
 	maxDocument       = 1 << 20
 	maxUpdates        = 20 // lost races, or failed writes, of one update
+	// maxRevision is more than there ever are; one that cannot grow would keep later ones from being believed.
+	maxRevision = 1 << 53
 )
 
 // errBucket says nothing of the document that was to be read.
 var errBucket = errors.New("the bucket does not answer")
 
 func (d *document) id() keyID { return keyID{d.Project, d.Branch} }
+
+// clone gives a document that may be changed. What its pointers and wrapped KEKs are of is never altered.
+func (d *document) clone() *document {
+	c := *d
+	c.KEKs = slices.Clone(d.KEKs)
+	if d.Rewrap != nil {
+		r := *d.Rewrap
+		r.Done = slices.Clone(r.Done)
+		c.Rewrap = &r
+	}
+	return &c
+}
 
 // find gives a version of the KEK, or nil.
 func (d *document) find(version uint32) *kekVersion {
@@ -112,6 +126,9 @@ func (d *document) sort() {
 func (d *document) check(id keyID) error {
 	if d.id() != id {
 		return fmt.Errorf("it is of %.200q", d.id())
+	}
+	if d.Revision > maxRevision {
+		return fmt.Errorf("its revision is %d, the most is %d", d.Revision, uint64(maxRevision))
 	}
 	if d.CMK == "" || d.find(d.Current) == nil {
 		return fmt.Errorf("no CMK, or no KEK of the current version %d", d.Current)

@@ -172,3 +172,24 @@ func TestAnOldDocumentReplacesNoNewerOne(t *testing.T) {
 		t.Error("a newer one was not taken")
 	}
 }
+
+// A clone can be changed as a re-wrapping does, and what it was made of stays.
+func TestCloneOfADocument(t *testing.T) {
+	d := &document{Revision: 1, KEKs: []kekVersion{{Version: 1, CMK: "a"}}, Rewrap: &rewrapTarget{CMK: "b", Done: make([]uint32, 0, 1)}}
+	c := d.clone()
+	c.find(1).CMK = "b"
+	c.Rewrap.Done = append(c.Rewrap.Done, 1)
+	c.Rewrap.CMK = "c"
+	if d.find(1).CMK != "a" || d.Rewrap.CMK != "b" || len(d.Rewrap.Done[:1]) != 1 || d.Rewrap.Done[:1][0] != 0 {
+		t.Errorf("the original has become %+v", d)
+	}
+}
+
+// A revision beyond which there is none would have every later document taken for an older one.
+func TestARevisionThatCannotGrowIsDamage(t *testing.T) {
+	id := keyID{project: "p1"}
+	if _, err := parseDocument(id, []byte(`{"format": 2, "project": "p1", "revision": 18446744073709551615, "cmk": "dev", "current": 1,
+		"keks": [{"version": 1, "cmk": "dev", "wrapped": "AA=="}]}`)); err == nil {
+		t.Error("it was taken")
+	}
+}

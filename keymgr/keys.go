@@ -60,11 +60,12 @@ func (k *keyState) kek(version uint32) (*seal.KEK, uint64) {
 	return k.mu.keks[version], k.mu.wipes
 }
 
-// keep takes a KEK, unless the key was wiped since it was asked for.
+// keep takes a KEK, unless the key was wiped since it was asked for, or is held back: who asked may not have
+// known that yet.
 func (k *keyState) keep(version uint32, kek *seal.KEK, wipes uint64) (*seal.KEK, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.mu.wipes != wipes {
+	if k.mu.wipes != wipes || k.mu.doc != nil && k.mu.doc.Hold != nil {
 		kek.Wipe()
 		return nil, fmt.Errorf("KEK of %s: %w", k.id.words(), seal.ErrWiped)
 	}
@@ -128,9 +129,17 @@ func (s *Server) document(ctx context.Context, k *keyState, again bool) (*docume
 }
 
 // update changes the key's document (see updateDocument) and takes it as what is known. A hold
-// that is in it takes effect.
+// that is in it takes effect. If the bucket has an older document than was read before, then somebody put it
+// back: what was read is changed, and takes its place. Else a hold would be in a document that take does not
+// believe, and KEKs that the older one lacks would be lost.
 func (s *Server) update(ctx context.Context, k *keyState, change func(*document) error) (*document, error) {
-	doc, err := updateDocument(ctx, s.cfg.BlobStore, k.id, change)
+	doc, err := updateDocument(ctx, s.cfg.BlobStore, k.id, func(d *document) error {
+		if have := k.known(); have != nil && have.Revision > d.Revision {
+			s.cfg.Logger.Warn("the bucket has an older document of a key than it had: the newest takes its place", "key", k.id, "revision", d.Revision, "had", have.Revision)
+			*d = *have.clone()
+		}
+		return change(d)
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -43,7 +43,12 @@ func (s *Server) RotateKEK(ctx context.Context, ref *pb.KeyRef) (*pb.KeyVersions
 	if err != nil {
 		return nil, s.callError(err)
 	}
-	doc, err = s.update(ctx, k, func(d *document) error { return d.addKEK(fresh) })
+	doc, err = s.update(ctx, k, func(d *document) error {
+		if d.Hold != nil { // since it was looked at
+			return heldBack(k.id)
+		}
+		return d.addKEK(fresh)
+	})
 	if err != nil {
 		kek.Wipe() // if the document has it all the same, the KMS unwraps it
 		return nil, s.callError(err)
@@ -92,9 +97,13 @@ func (s *Server) openFresh(ctx context.Context, id keyID, w *kekVersion) (*seal.
 func (s *Server) usable(ctx context.Context, ref *pb.KeyRef) (*keyState, *document, error) {
 	k, doc, err := s.current(ctx, ref)
 	if err == nil && doc.Hold != nil {
-		err = refusal(lease.Denied, "the key of %s is held back by `holdfast key revoke`: end that with `holdfast key resume` first", k.id.words())
+		err = heldBack(k.id)
 	}
 	return k, doc, err
+}
+
+func heldBack(id keyID) error {
+	return refusal(lease.Denied, "the key of %s is held back by `holdfast key revoke`: end that with `holdfast key resume` first", id.words())
 }
 
 // current gives the key that a reference names, as the bucket has it now.
