@@ -40,6 +40,9 @@ type fakeRoles struct {
 	}
 	silent bool // a revocation's receipt stays incomplete
 	unheld bool // no node holds a lease
+	deaf   bool // a revocation has no effect
+	blind  bool // receipts cannot be read
+	mute   bool // whoever asks for a key's state waits for the KMS
 	public ed25519.PublicKey
 	sign   ed25519.PrivateKey
 }
@@ -50,6 +53,21 @@ type fakeManager struct {
 	rotated []*pb.ManagerRotateRequest
 	events  []*pb.RehearseEvent
 	fail    error
+	// State of endpoint main, which comes to run when it was asked for so often; 0: there are no endpoints.
+	runsAfter, asked int
+}
+
+func (m *fakeManager) ListEndpoints(context.Context, *pb.ListEndpointsRequest) (*pb.ListEndpointsResponse, error) {
+	if m.runsAfter == 0 {
+		return &pb.ListEndpointsResponse{}, nil
+	}
+	m.asked++
+	e := &pb.Endpoint{Name: "main", Project: fakeProject, Branch: "bb01", State: "starting"}
+	if m.asked >= m.runsAfter {
+		e.State = "running"
+	}
+	reports := &pb.Endpoint{Name: "reports", Project: fakeProject, Branch: fakeBranch, State: "key revoked"} // of a key of its own
+	return &pb.ListEndpointsResponse{Endpoints: []*pb.Endpoint{e, reports}}, nil
 }
 
 // serveFakes runs both below a data directory, whose --data flag it gives.
@@ -103,11 +121,17 @@ func (k *fakeRoles) status(project, branch string) (*pb.KeyStatusResponse, error
 	return nil, rpc.Error(codes.NotFound, nil, "no key %s", keyID(project, branch))
 }
 
-func (k *fakeRoles) KeyStatus(_ context.Context, r *pb.KeyStatusRequest) (*pb.KeyStatusResponse, error) {
+func (k *fakeRoles) KeyStatus(ctx context.Context, r *pb.KeyStatusRequest) (*pb.KeyStatusResponse, error) {
+	if k.mute {
+		<-ctx.Done()
+	}
 	return k.status(r.Project, r.Branch)
 }
 
-func (k *fakeRoles) ListKeys(context.Context, *pb.ListKeysRequest) (*pb.ListKeysResponse, error) {
+func (k *fakeRoles) ListKeys(ctx context.Context, _ *pb.ListKeysRequest) (*pb.ListKeysResponse, error) {
+	if k.mute {
+		<-ctx.Done()
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	out := &pb.ListKeysResponse{}
@@ -127,6 +151,9 @@ func (k *fakeRoles) set(ref *pb.KeyRef, state, by string) (*pb.KeyStatusResponse
 }
 
 func (k *fakeRoles) RevokeKey(_ context.Context, r *pb.RevokeKeyRequest) (*pb.KeyStatusResponse, error) {
+	if k.deaf {
+		return k.status(r.Key.Project, r.Key.Branch)
+	}
 	if k.unheld {
 		return k.set(r.Key, "revoked", "holdfast key resume")
 	}
@@ -151,6 +178,9 @@ func (k *fakeRoles) ResumeKey(_ context.Context, r *pb.KeyRef) (*pb.KeyStatusRes
 }
 
 func (k *fakeRoles) ListReceipts(_ context.Context, r *pb.KeyRef) (*pb.ListReceiptsResponse, error) {
+	if k.blind {
+		return nil, rpc.Error(codes.Unavailable, nil, "test: a receipt is damaged")
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return &pb.ListReceiptsResponse{Receipts: k.mu.receipts[keyID(r.Project, r.Branch)]}, nil
@@ -292,6 +322,37 @@ func TestRevokeWaitsForItsReceiptAndPrintsIt(t *testing.T) {
 	var r struct{ ID, Cause string }
 	if err := json.Unmarshal([]byte(says(t, dir, []string{"key", "revoke", "--wait", "100ms", "--json"})), &r); err != nil || r.ID != "r2" || r.Cause != "held" {
 		t.Errorf("JSON: %+v, %v", r, err)
+	}
+}
+
+// Nothing that only serves to show what a revocation did keeps it from being done: not receipts that cannot be read, and
+// not a KMS that does not answer.
+func TestRevokeNeedsNoReceiptsAndNoKMS(t *testing.T) {
+	k, _, dir := serveFakes(t)
+	k.blind, k.mute = true, true
+	begun := time.Now()
+	refuses(t, dir, []string{"key", "revoke"}, "the key is held back", "receipts cannot be read", "damaged")
+	if st := k.mu.keys[fakeProject]; st.State != "revoked" || time.Since(begun) > 5*time.Second {
+		t.Errorf("the key is %s after %v", st.State, time.Since(begun))
+	}
+	refuses(t, dir, []string{"key", "revoke", "--branch", "reports"}, "the key is held back")
+	refuses(t, dir, []string{"key", "revoke", "--wait", "1ms", "--branch", "main", "--keymgr", "unix:/no/such/socket"}, "unix:/no/such/socket")
+}
+
+func TestARevocationWithoutEffectIsNoSuccess(t *testing.T) {
+	k, _, dir := serveFakes(t)
+	k.deaf = true
+	refuses(t, dir, []string{"key", "revoke"}, "it is active", "disable its CMK")
+}
+
+// The key is back when its endpoints are: those of other keys do not count.
+func TestResumeWaitsForEndpoints(t *testing.T) {
+	_, m, dir := serveFakes(t)
+	m.runsAfter = 3
+	begun := time.Now()
+	says(t, dir, []string{"key", "resume"}, "active since")
+	if m.asked != 3 || time.Since(begun) > resumeLimit {
+		t.Errorf("endpoints were looked at %d times in %v, want until they ran, the third time", m.asked, time.Since(begun))
 	}
 }
 

@@ -76,18 +76,45 @@ func (c *keyClient) ref(ctx context.Context) (*pb.KeyRef, error) {
 	if err != nil {
 		return nil, err
 	}
-	project, err := pickProject(list.Keys, c.flags.project)
+	return c.refAmong(ctx, list.Keys)
+}
+
+// refAtOnce is ref without a word to the KMS, which may not answer: the manager knows the keys' names, too.
+func (c *keyClient) refAtOnce(ctx context.Context) (*pb.KeyRef, error) {
+	quick, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	list, err := c.manager.ListBranches(quick, &pb.ListBranchesRequest{})
+	if err != nil {
+		return c.ref(ctx)
+	}
+	var keys []*pb.KeyStatusResponse
+	for _, b := range list.Branches {
+		keys = append(keys, &pb.KeyStatusResponse{Key: b.Project})
+		if b.OwnKey {
+			keys = append(keys, &pb.KeyStatusResponse{Key: b.Project + "/" + b.Id})
+		}
+	}
+	ref, err := c.refAmong(quick, keys)
+	if err != nil {
+		return c.ref(ctx) // of a key without a branch, or the same error
+	}
+	return ref, nil
+}
+
+// refAmong is the one of the keys that the flags name.
+func (c *keyClient) refAmong(ctx context.Context, keys []*pb.KeyStatusResponse) (*pb.KeyRef, error) {
+	project, err := pickProject(keys, c.flags.project)
 	if err != nil || c.flags.branch == "" {
 		return &pb.KeyRef{Project: project}, err
 	}
-	if hasKey(list.Keys, project+"/"+c.flags.branch) {
+	if hasKey(keys, project+"/"+c.flags.branch) {
 		return &pb.KeyRef{Project: project, Branch: c.flags.branch}, nil
 	}
 	id, err := c.branchID(ctx, project)
 	if err != nil {
 		return nil, err
 	}
-	if !hasKey(list.Keys, project+"/"+id) {
+	if !hasKey(keys, project+"/"+id) {
 		// The key manager would take the project's key, and a slip of the hand would shut every branch.
 		return nil, fmt.Errorf("branch %s has no key of its own: it is under the key of project %s; leave --branch out to act on that", c.flags.branch, project)
 	}

@@ -46,27 +46,26 @@ found out by the next check, or at once through the hook.`,
 }
 
 func (c *keyClient) revoke(ctx context.Context, w io.Writer, reason string, wait time.Duration) error {
-	ref, err := c.ref(ctx)
+	ref, err := c.refAtOnce(ctx)
 	if err != nil {
 		return err
 	}
-	before, err := c.admin.ListReceipts(ctx, ref)
-	if err != nil {
-		return err
-	}
-	was, err := c.keyState(ctx, ref)
-	if err != nil {
-		return err
-	}
-	if !c.flags.json {
-		fmt.Fprintf(w, revokeWords, was.Key)
-	}
+	before, listErr := c.receiptsBefore(ctx, ref)
 	st, err := c.admin.RevokeKey(ctx, &pb.RevokeKeyRequest{Key: ref, Reason: reason})
 	if err != nil {
 		return fmt.Errorf("the key may or may not be held back (%w): `holdfast key status` tells; revoking again is harmless", err)
 	}
+	if !c.flags.json {
+		fmt.Fprintf(w, revokeWords, st.Key)
+	}
+	if st.State != "revoked" {
+		return fmt.Errorf("the key manager says that it holds key %s back, and yet that it is %s: disable its CMK in the KMS", st.Key, st.State)
+	}
+	if listErr != nil {
+		return fmt.Errorf("the key is held back; what came of it on the nodes is not known, since its receipts cannot be read: %w", listErr)
+	}
 	limit := cmp.Or(wait, time.Duration(st.BoundMs)*time.Millisecond+receiptMargin)
-	r, err := c.awaitReceipt(ctx, ref, before.Receipts, limit)
+	r, err := c.awaitReceipt(ctx, ref, before, limit)
 	if err != nil {
 		return err
 	}
@@ -87,6 +86,15 @@ func (c *keyClient) revoke(ctx context.Context, w io.Writer, reason string, wait
 		return fmt.Errorf("the key is held back, but within %v not every node has answered or has run out of its lease: `holdfast key receipts %s` shows it later", limit, r.Id)
 	}
 	return nil
+}
+
+// receiptsBefore lists the receipts that there are before a revocation, to know its own by. The revocation waits for them no
+// longer than this, and does not need them.
+func (c *keyClient) receiptsBefore(ctx context.Context, ref *pb.KeyRef) ([]*pb.Receipt, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	list, err := c.admin.ListReceipts(ctx, ref)
+	return list.GetReceipts(), err
 }
 
 // noReceipt is how long a revocation may take to open its receipt.
@@ -151,23 +159,39 @@ again by themselves. It cannot enable a key that the customer disabled in their 
 	}
 }
 
-// endpointsRun tells whether the endpoints under the key are back: what else holds a lease again takes it out
-// when it has something to do.
-func (c *keyClient) endpointsRun(ctx context.Context, ref *pb.KeyRef) bool {
+// resumed tells whether a key that came back is in use again: by its endpoints, if any are to run. What else holds a lease again
+// takes it out when it has something to do. Without endpoints, or without a manager, the state alone tells.
+func (c *keyClient) resumed(ctx context.Context, ref *pb.KeyRef, state string) bool {
+	branches, err := c.manager.ListBranches(ctx, &pb.ListBranchesRequest{})
+	if err != nil {
+		return state != "resuming"
+	}
 	list, err := c.manager.ListEndpoints(ctx, &pb.ListEndpointsRequest{})
 	if err != nil {
-		return false // the state alone tells then
+		return state != "resuming"
 	}
 	found := false
 	for _, e := range list.Endpoints {
-		if e.Project != ref.Project || ref.Branch != "" && e.Branch != ref.Branch || e.State == "stopped" {
+		if e.Project != ref.Project || !underKey(branches.Branches, ref, e.Branch) || e.State == "stopped" || e.State == "failed" {
 			continue
 		}
 		if found = true; e.State != "running" {
 			return false
 		}
 	}
-	return found
+	return found || state != "resuming"
+}
+
+// underKey tells whether a branch is under the key that a reference names.
+func underKey(branches []*pb.ManagedBranch, ref *pb.KeyRef, branch string) bool {
+	if ref.Branch != "" {
+		return branch == ref.Branch
+	}
+	return !slices.ContainsFunc(branches, func(b *pb.ManagedBranch) bool { return b.Project == ref.Project && b.Id == branch && b.OwnKey })
+}
+
+func comingBack(state string) bool {
+	return state == "resuming" || state == "active" || state == "grace"
 }
 
 func (c *keyClient) resume(ctx context.Context, w io.Writer) error {
@@ -176,7 +200,7 @@ func (c *keyClient) resume(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	st, err := c.admin.ResumeKey(ctx, ref)
-	for begun := time.Now(); err == nil && st.State == "resuming" && time.Since(begun) < resumeLimit && !c.endpointsRun(ctx, ref); {
+	for begun := time.Now(); err == nil && comingBack(st.State) && time.Since(begun) < resumeLimit && !c.resumed(ctx, ref, st.State); {
 		if err = pause(ctx, 100*time.Millisecond); err == nil {
 			st, err = c.keyState(ctx, ref)
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -161,6 +162,9 @@ done nothing needs it. The key manager must have both (kms: and cmks: of its con
 
 func (f *keyFlags) rewrapCommand(cmd *cobra.Command, to *string) *cobra.Command {
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if to != nil && *to == "" {
+			return errors.New("--cmk names no CMK; `holdfast key rotate-cmk` is for the newest version of the one that the key has")
+		}
 		return f.with(cmd, callTimeout, func(ctx context.Context, c *keyClient) error {
 			ref, err := c.ref(ctx)
 			if err != nil {
