@@ -15,6 +15,7 @@ import (
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob"
+	"github.com/holdfastdb/holdfast/internal/keyloss"
 	"github.com/holdfastdb/holdfast/internal/keyring"
 	"github.com/holdfastdb/holdfast/internal/pg"
 	"github.com/holdfastdb/holdfast/internal/rpc"
@@ -65,6 +66,12 @@ func (m *Manager) finishRotation(ctx context.Context, key *pb.KeyRef) (*pb.KeyUs
 			return nil, err
 		}
 		n, size, errs := m.rewrapAll(ctx, k)
+		if len(errs) > 0 {
+			// Branches cannot be made or removed meanwhile, of other keys either: no patience with one that is revoked.
+			if err := m.mayRewrap(ctx, key); err != nil {
+				return nil, err
+			}
+		}
 		rewrapped, written = rewrapped+n, written+size
 		uses := m.usesOf(ctx, k)
 		for _, err := range errs {
@@ -83,6 +90,15 @@ func (m *Manager) finishRotation(ctx context.Context, key *pb.KeyRef) (*pb.KeyUs
 		case <-time.After(rewrapPause):
 		}
 	}
+}
+
+// mayRewrap fails if a key cannot be used.
+func (m *Manager) mayRewrap(ctx context.Context, ref *pb.KeyRef) error {
+	st, err := m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: ref.GetProject(), Branch: ref.GetBranch()})
+	if err != nil || keyloss.Usable(st.State) {
+		return nil // what did not work is tried again
+	}
+	return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, "no DEK can be wrapped again now: %v", keyloss.Of(ref.GetProject(), st))
 }
 
 func onlyCurrent(r *pb.KeyUsesResponse) bool {

@@ -8,11 +8,15 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
 	"github.com/holdfastdb/holdfast/internal/blob/blobtest"
 	"github.com/holdfastdb/holdfast/internal/blob/dirblob"
 	"github.com/holdfastdb/holdfast/internal/keyring/keyringtest"
+	"github.com/holdfastdb/holdfast/internal/rpc"
 	"github.com/holdfastdb/holdfast/internal/seal"
 )
 
@@ -108,5 +112,42 @@ func TestThePasswordIsWrappedAgain(t *testing.T) {
 	header := len(after) - len("open sesame") - seal.TagSize
 	if len(before) != len(after) || bytes.Equal(before, after) || !bytes.Equal(before[header:], after[header:]) {
 		t.Error("more than the wrapped DEK was changed, or nothing")
+	}
+}
+
+// heldKeys is a key manager whose only key is held back, and deniedPages a page server that needs it.
+type heldKeys struct {
+	pb.KeyManagerClient
+	pb.KeyAdminClient
+}
+
+func (heldKeys) KeyStatus(context.Context, *pb.KeyStatusRequest, ...grpc.CallOption) (*pb.KeyStatusResponse, error) {
+	return &pb.KeyStatusResponse{Key: "p1", State: "revoked", ControlledBy: "holdfast key resume"}, nil
+}
+
+func (heldKeys) KeyVersions(context.Context, *pb.KeyRef, ...grpc.CallOption) (*pb.KeyVersionsResponse, error) {
+	return &pb.KeyVersionsResponse{Key: "p1", Current: 2, Keks: []*pb.KEKVersion{{Version: 1}, {Version: 2}}}, nil
+}
+
+type deniedPages struct{ pb.PageServerClient }
+
+func (deniedPages) RewrapBranch(context.Context, *pb.RewrapBranchRequest, ...grpc.CallOption) (*pb.RewrapBranchResponse, error) {
+	return nil, rpc.Error(codes.PermissionDenied, nil, "test: no key")
+}
+
+// A rotation that is to be finished waits for parts that do not answer, but for none that lacks a revoked key: branches
+// cannot be made meanwhile.
+func TestARotationIsNotFinishedUnderARevokedKey(t *testing.T) {
+	bucket, err := dirblob.Open(filepath.Join(t.TempDir(), "bucket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	blobtest.Put(t, bucket, clusterKey, `{"version": 1, "projects": [{"id": "p1"}], "branches": [{"id": "b1", "project": "p1", "name": "main"}]}`)
+	m := &Manager{cfg: Config{Store: bucket, Ring: keyringtest.New()}, keymgr: heldKeys{}, keyAdmin: heldKeys{}, pageserver: deniedPages{}}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err = m.finishRotation(ctx, &pb.KeyRef{Project: "p1"})
+	if status.Code(err) != codes.PermissionDenied || rpc.Reason(err) != pb.ErrorDetail_KEY_REVOKED {
+		t.Errorf("got %v, want what keeps the key back", err)
 	}
 }
