@@ -32,10 +32,10 @@ type Event struct {
 	Prev string    `json:"prev"`
 	Seq  uint64    `json:"seq"`
 	Time time.Time `json:"time"`
-	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, cmk.wrap, cmk.unwrap,
-	// lease.granted, lease.refused, lease.expired, lease.revoked, kek.forgotten, kek.rotated, kek.retired,
+	// Event is one of: log.opened, log.recovered, project.created, branch.key.created, branch.key.destroyed, cmk.wrap,
+	// cmk.unwrap, lease.granted, lease.refused, lease.expired, lease.revoked, kek.rotated, kek.retired, kek.forgotten,
 	// dek.generated, dek.unwrapped, dek.rewrapped, key.held, key.released, key.grace, key.rewrap.begun, key.rewrapped,
-	// branch.key.destroyed, kms.notice, receipt.opened, receipt.completed, shred.reported.
+	// kms.notice, receipt.opened, receipt.completed, shred.reported.
 	Event      string   `json:"event"`
 	Outcome    string   `json:"outcome"` // ok, denied, held, unreachable, unknown, destroyed, failed
 	Project    string   `json:"project,omitempty"`
