@@ -64,6 +64,7 @@ type writer struct {
 	segments int
 	made     []made // see unapplied
 	noShred  func() // of key
+	left     bool   // see leave
 
 	// shut ends what waits with WAL in hand when the lease is over: see shred.
 	shut struct {
@@ -88,6 +89,9 @@ func (s *Server) writer(g *group.Group, gw *groupWriters, n walstate.Name) (*wri
 	if gw.lead != lead {
 		if gw.lead != nil && gw.lead.Term > lead.Term {
 			return nil, s.failure(g, n, group.ErrNotLeader)
+		}
+		for _, old := range gw.writers {
+			go old.leave()
 		}
 		gw.lead, gw.writers = lead, map[uint32]*writer{}
 	}
@@ -129,6 +133,7 @@ func (s *Server) Append(stream pb.Safekeeper_AppendServer) error {
 			}
 			return s.failure(g, n, err)
 		case <-w.lead.Done:
+			go w.leave() // it may have to wait for a call for a key
 			_, err := g.Leadership()
 			if err == nil {
 				err = group.ErrNotLeader
@@ -321,8 +326,24 @@ func (w *writer) sealUnderKey(kind walstate.Kind, end pg.LSN, wal []byte) ([]byt
 	return data, err
 }
 
+// leave lets go of what the writer holds in plaintext, and of the lease, for good: it leads no more, or its branch is
+// deleted.
+func (w *writer) leave() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.left, w.key = true, nil
+	if w.scanner != nil {
+		w.scanner.Wipe()
+	}
+	w.noShred()
+	w.noShred = func() {}
+}
+
 // newKey makes a DEK for the next segment.
 func (w *writer) newKey(ctx context.Context) error {
+	if w.left {
+		return group.ErrNotLeader
+	}
 	ctx, cancel := w.bounded(ctx)
 	defer cancel()
 	w.key = nil

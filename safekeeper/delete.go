@@ -29,8 +29,12 @@ func (s *Server) DeleteBranch(ctx context.Context, req *pb.DeleteBranchRequest) 
 	}
 	_, gw := s.groupOf(n)
 	gw.Lock()
+	w := gw.writers[r.Command.Branch]
 	delete(gw.writers, r.Command.Branch)
 	gw.Unlock()
+	if w != nil {
+		go w.leave()
+	}
 	s.log.Info("branch deleted", "project", n.Project, "branch", n.Branch)
 	return &pb.DeleteBranchResponse{}, nil
 }

@@ -3,6 +3,7 @@ package safekeeper
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -21,6 +22,12 @@ func TestADeletedBranchIsGone(t *testing.T) {
 		if err := cl.DeleteBranch(c.ctx()); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for ctx := c.ctx(); c.ring.Waiting(project) > 0; { // a lease that somebody waits for is renewed for ever
+		if ctx.Err() != nil {
+			t.Fatal("the deleted branch's writer holds its lease")
+		}
+		time.Sleep(time.Millisecond)
 	}
 	if err := cl.ReportDurable(c.ctx(), startLSN); status.Code(errors.Unwrap(err)) != codes.NotFound {
 		t.Errorf("ReportDurable on a deleted branch: %v, want NotFound", err)

@@ -34,6 +34,7 @@ type ring struct {
 	telling  context.Context // of reports: it ends a while after Close
 	silence  context.CancelFunc
 	watching sync.Once
+	idle     time.Duration // idleFor; tests have less
 
 	publishing sync.Mutex // orders what the guard is told
 	scopes     sync.Map   // of *scope by scopeName; never removed
@@ -70,7 +71,7 @@ func New(client pb.KeyManagerClient, node string) Ring {
 
 // Open is New with all that may be said.
 func Open(cfg Config) Ring {
-	r := &ring{client: cfg.Client, cfg: cfg}
+	r := &ring{client: cfg.Client, cfg: cfg, idle: idleFor}
 	_, r.identity, _ = ed25519.GenerateKey(nil) // never fails: crypto/rand
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.telling, r.silence = context.WithCancel(context.Background())

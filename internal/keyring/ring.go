@@ -43,7 +43,8 @@ func ControlledBy(err error) string {
 //
 // A Key that it returned stays usable only while the lease lives: when it ends, the ring
 // wipes every key of the branch, and their users get seal.ErrWiped. The same they get past the
-// lease's end when the ring has not wiped yet.
+// lease's end when the ring has not wiped yet. A lease under which nobody has asked for a key for 10 minutes,
+// and of whose end nobody wants to hear (OnShred), is let go: so that of a branch that is gone ends.
 type Ring interface {
 	// Generate makes a DEK for a new object and returns it with its wrapped form, which the
 	// caller stores beside the object. The key seals one file, or WAL under rising counters.

@@ -32,6 +32,7 @@ type scope struct {
 		leaseID   string
 		key       string        // of which the lease is, as the key manager said: PROJECT or PROJECT/BRANCH
 		end       time.Duration // on boottime's clock
+		used      time.Duration // likewise: when somebody last wanted something under a lease
 		ttl       time.Duration
 		bound     *seal.Term    // that of the keys; it ends when the lease does
 		why       error         // why there is no lease: of the last one's end, or of the last refusal
@@ -90,11 +91,22 @@ func (p *scope) currentTerm() uint64 {
 // liveLocked also notices a lease that ran out while the machine slept.
 func (p *scope) liveLocked() bool { return p.mu.live && boottime.Now() < p.mu.end }
 
+// useLocked is liveLocked for who wants something under the lease, which so is not idle.
+func (p *scope) useLocked() bool {
+	p.mu.used = boottime.Now()
+	return p.mu.live && p.mu.used < p.mu.end
+}
+
+// idleLocked tells whether nobody has a use for the lease: a branch's that was deleted, or moved elsewhere.
+func (p *scope) idleLocked(now time.Duration) bool {
+	return len(p.mu.shred) == 0 && now-p.mu.used >= p.ring.idle
+}
+
 // cached gives a key at hand, if the lease lives.
 func (p *scope) cached(name string) *seal.Key {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.liveLocked() {
+	if !p.useLocked() {
 		return nil
 	}
 	return p.mu.keys.get(name)
@@ -110,13 +122,14 @@ func (p *scope) onShred(fn ShredFunc) (cancel func()) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		delete(p.mu.shred, id)
+		p.mu.used = boottime.Now()
 	}
 }
 
 // ensureLease takes out a lease if there is none.
 func (p *scope) ensureLease(ctx context.Context) error {
 	p.mu.Lock()
-	if p.liveLocked() {
+	if p.useLocked() {
 		p.mu.Unlock()
 		return nil
 	}
@@ -199,6 +212,11 @@ type keeper struct {
 // machine sleeps.
 const lookEvery = time.Second
 
+// idleFor is how long a lease is renewed that nobody uses.
+const idleFor = 10 * time.Minute
+
+var errIdle = errors.New("nobody has used it")
+
 // keep renews a term's lease at about a third of its time, and ends the term when the lease
 // is denied or runs out, also while an answer is waited for.
 func (p *scope) keep(term uint64, renewNow <-chan struct{}) {
@@ -231,11 +249,16 @@ func (p *scope) keep(term uint64, renewNow <-chan struct{}) {
 func (k *keeper) step() (wait time.Duration, alive bool) {
 	p := k.p
 	p.mu.Lock()
-	live, end, ttl, id := p.mu.live && p.mu.term == k.term, p.mu.end, p.mu.ttl, p.mu.leaseID
-	p.mu.Unlock()
 	now := boottime.Now()
+	live, end, ttl, id := p.mu.live && p.mu.term == k.term, p.mu.end, p.mu.ttl, p.mu.leaseID
+	idle := !k.asking && now >= k.renewAt && p.idleLocked(now)
+	p.mu.Unlock()
 	if live && now >= end {
 		p.end(k.term, fmt.Errorf("the lease on %s ran out: %w", p.name, k.cause))
+		live = false
+	}
+	if live && idle {
+		p.end(k.term, fmt.Errorf("the lease on %s was let go: %w", p.name, errIdle))
 		live = false
 	}
 	if !live {

@@ -257,3 +257,28 @@ func TestGuardKnowsUntilWhen(t *testing.T) {
 	close(hold)
 	await(t, "the guard to be told", func() bool { return g.last() == 0 })
 }
+
+// A lease that nobody uses is let go; one whose end somebody waits for is not.
+func TestIdleLeasesAreLetGo(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.ttl = 1500 * time.Millisecond
+	r := newRing(t, f)
+	r.(*ring).idle = time.Millisecond
+	cancel := r.OnShred("p", "b", func(err error) []string { t.Errorf("shredded: %v", err); return nil })
+	k, _ := mustGenerate(t, r, 1)
+	for n := 0; n < 3; time.Sleep(time.Millisecond) { // it is renewed
+		f.set(func(f *fakeManager) { n = f.asked })
+	}
+	if wiped(k) {
+		t.Fatal("a lease was let go whose end somebody waits for")
+	}
+	cancel()
+	await(t, "the lease to be let go", func() bool { return wiped(k) })
+	if err := r.Live("p", "b"); !errors.Is(err, ErrUnreachable) || !errors.Is(err, errIdle) {
+		t.Errorf("Live: %v", err)
+	}
+	if k, _ := mustGenerate(t, r, 2); wiped(k) { // who wants it has it again
+		t.Error("a new lease's key is wiped")
+	}
+}

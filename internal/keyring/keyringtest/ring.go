@@ -214,6 +214,13 @@ func (r *Ring) OnShred(project, _ string, fn keyring.ShredFunc) (cancel func()) 
 	}
 }
 
+// Waiting counts the OnShred functions of a project that wait for the end of its lease.
+func (r *Ring) Waiting(project string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.mu.shred[project])
+}
+
 // Close implements keyring.Ring: it wipes, and calls no OnShred function.
 func (r *Ring) Close() {
 	r.mu.Lock()
