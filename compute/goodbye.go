@@ -138,13 +138,13 @@ func lost(st *pb.KeyStatusResponse, reason error) *pb.KeyStatusResponse {
 	if st == nil {
 		st = &pb.KeyStatusResponse{}
 	}
-	if st.State != "" && !keyloss.Usable(st.State) {
+	if st.State != "" && !pb.KeyUsable(st.State) {
 		return st
 	}
 	st = proto.CloneOf(st)
-	st.State, st.SinceUnixMs = keyloss.Unreachable, 0
+	st.State, st.SinceUnixMs = pb.KeyUnreachable, 0
 	if errors.Is(reason, keyring.ErrRevoked) || rpc.Reason(reason) == pb.ErrorDetail_KEY_REVOKED {
-		st.State = keyloss.Revoked
+		st.State = pb.KeyRevoked
 	}
 	if by := keyring.ControlledBy(reason); by != "" {
 		st.ControlledBy = by

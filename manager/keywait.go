@@ -38,7 +38,7 @@ type keyWaiter struct {
 
 // keyState is the endpoint's state while its key's is st.
 func keyState(st *pb.KeyStatusResponse) string {
-	if st.GetState() == keyloss.Revoked {
+	if st.GetState() == pb.KeyRevoked {
 		return stateKeyRevoked
 	}
 	return stateKeyUnreachable
@@ -58,7 +58,7 @@ func (s *supervisor) waitForKey(ctx context.Context, lived time.Duration) {
 			return
 		}
 		words := s.showWait(st)
-		if keyloss.Usable(st.State) {
+		if pb.KeyUsable(st.State) {
 			s.set(stateStarting, "")
 			if first { // nothing changed since the agent ended
 				w.pause = min(max(2*w.pause, keyBackoff), maxKeyPause)
@@ -80,7 +80,7 @@ func (s *supervisor) waitForKey(ctx context.Context, lived time.Duration) {
 func (s *supervisor) showWait(st *pb.KeyStatusResponse) (words string) {
 	notice := keyloss.Of(s.doc.Project, st)
 	words = notice.String()
-	if !keyloss.Usable(st.State) {
+	if !pb.KeyUsable(st.State) {
 		s.set(keyState(st), words)
 	}
 	s.child.key.refuse.open(notice)
@@ -109,7 +109,7 @@ func (s *supervisor) askKey(ctx context.Context) *pb.KeyStatusResponse {
 	defer cancel()
 	st, err := s.child.key.ask(ctx)
 	if err != nil {
-		return &pb.KeyStatusResponse{State: keyloss.Unreachable, ControlledBy: "its KMS, behind the key manager"}
+		return &pb.KeyStatusResponse{State: pb.KeyUnreachable, ControlledBy: "its KMS, behind the key manager"}
 	}
 	return st
 }

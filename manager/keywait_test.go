@@ -75,7 +75,7 @@ func toldClient(t *testing.T, addr string) *pgconn.PgError {
 // Revoked, then out of reach, then usable again: it waits without starting anything, says why to who
 // asks and who connects, and starts by itself.
 func TestAnEndpointWaitsForItsKey(t *testing.T) {
-	key := &keyStub{st: &pb.KeyStatusResponse{State: keyloss.Revoked, Cmk: "dev", ControlledBy: "AWS KMS key arn:x"}}
+	key := &keyStub{st: &pb.KeyStatusResponse{State: pb.KeyRevoked, Cmk: "dev", ControlledBy: "AWS KMS key arn:x"}}
 	s, addr, told := keyed(t, `exit 5`, key)
 	s.start()
 	err := s.waitReady(bounded(t), true)
@@ -99,14 +99,14 @@ func TestAnEndpointWaitsForItsKey(t *testing.T) {
 }
 
 func TestAnEndpointStartsWhenItsKeyCanBeUsed(t *testing.T) {
-	key := &keyStub{st: &pb.KeyStatusResponse{State: keyloss.Revoked}}
+	key := &keyStub{st: &pb.KeyStatusResponse{State: pb.KeyRevoked}}
 	s, addr, told := keyed(t, `if [ -e again ]; then echo '{"event":"address"}'; `+saysReady+`exec sleep 100; fi; touch again; exit 5`, key)
 	ready := make(chan struct{}, 1)
 	s.child.ready = func() { ready <- struct{}{} }
 	s.start()
 	awaitState(t, s, stateKeyRevoked)
 	_ = toldClient(t, addr)
-	key.set(&pb.KeyStatusResponse{State: keyloss.Active}, nil)
+	key.set(&pb.KeyStatusResponse{State: pb.KeyActive}, nil)
 	awaitState(t, s, stateRunning)
 	select {
 	case <-ready:
@@ -125,7 +125,7 @@ func TestAnEndpointStartsWhenItsKeyCanBeUsed(t *testing.T) {
 
 // A page server whose lease comes later than the agent's must not make the supervisor spin.
 func TestStartsThatFailUnderAGoodKeyAreSpaced(t *testing.T) {
-	key := &keyStub{st: &pb.KeyStatusResponse{State: keyloss.Active}}
+	key := &keyStub{st: &pb.KeyStatusResponse{State: pb.KeyActive}}
 	s, _, _ := keyed(t, `exit 5`, key)
 	s.start()
 	time.Sleep(1500 * time.Millisecond)
@@ -139,7 +139,7 @@ func TestStartsThatFailUnderAGoodKeyAreSpaced(t *testing.T) {
 
 // Clients hear it from the moment that Postgres is gone, not when the agent has cleaned up.
 func TestClientsAreToldWhileTheAgentEnds(t *testing.T) {
-	key := &keyStub{st: &pb.KeyStatusResponse{State: keyloss.Revoked}}
+	key := &keyStub{st: &pb.KeyStatusResponse{State: pb.KeyRevoked}}
 	s, addr, _ := keyed(t, saysReady+`echo '{"event":"shut"}'; exec sleep 100`, key)
 	s.start()
 	if pg := toldClient(t, addr); pg.Code != keyloss.CannotConnectNow {

@@ -168,7 +168,7 @@ func (r *rehearsal) deny(ctx context.Context) (begun time.Time, st *pb.KeyStatus
 		if err := r.step("DISABLE %s IN ITS KMS NOW (waiting for at most %v)", r.req.Cmk, rehearsalHand); err != nil {
 			return begun, nil, err
 		}
-		st, err = r.await(ctx, rehearsalHand, func(state string) bool { return state == "revoked" })
+		st, err = r.await(ctx, rehearsalHand, func(state string) bool { return state == pb.KeyRevoked })
 		return time.Now(), st, err
 	}
 	if err := r.step("holding the branch's key back, as `holdfast key revoke` does; rows are being written"); err != nil {
@@ -260,7 +260,7 @@ func (r *rehearsal) allow(ctx context.Context) (begun time.Time, err error) {
 		if err := r.step("ENABLE %s IN ITS KMS AGAIN (waiting for at most %v)", r.req.Cmk, rehearsalHand); err != nil {
 			return begun, err
 		}
-		_, err = r.await(ctx, rehearsalHand, func(state string) bool { return state == "active" || state == "resuming" })
+		_, err = r.await(ctx, rehearsalHand, func(state string) bool { return state == pb.KeyActive || state == pb.KeyResuming })
 		return time.Now(), err
 	}
 	if err := r.step("giving the key back, as `holdfast key resume` does"); err != nil {

@@ -95,7 +95,7 @@ func (m *Manager) finishRotation(ctx context.Context, key *pb.KeyRef) (*pb.KeyUs
 // mayRewrap fails if a key cannot be used.
 func (m *Manager) mayRewrap(ctx context.Context, ref *pb.KeyRef) error {
 	st, err := m.keymgr.KeyStatus(ctx, &pb.KeyStatusRequest{Project: ref.GetProject(), Branch: ref.GetBranch()})
-	if err != nil || keyloss.Usable(st.State) {
+	if err != nil || pb.KeyUsable(st.State) {
 		return nil // what did not work is tried again
 	}
 	return rpc.Error(codes.PermissionDenied, &pb.ErrorDetail{Reason: pb.ErrorDetail_KEY_REVOKED}, "no DEK can be wrapped again now: %v", keyloss.Of(ref.GetProject(), st))

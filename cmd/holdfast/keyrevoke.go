@@ -58,7 +58,7 @@ func (c *keyClient) revoke(ctx context.Context, w io.Writer, reason string, wait
 	if !c.flags.json {
 		fmt.Fprintf(w, revokeWords, st.Key)
 	}
-	if st.State != "revoked" {
+	if st.State != pb.KeyRevoked {
 		return fmt.Errorf("the key manager says that it holds key %s back, and yet that it is %s: disable its CMK in the KMS", st.Key, st.State)
 	}
 	if listErr != nil {
@@ -164,11 +164,11 @@ again by themselves. It cannot enable a key that the customer disabled in their 
 func (c *keyClient) resumed(ctx context.Context, ref *pb.KeyRef, state string) bool {
 	branches, err := c.manager.ListBranches(ctx, &pb.ListBranchesRequest{})
 	if err != nil {
-		return state != "resuming"
+		return state != pb.KeyResuming
 	}
 	list, err := c.manager.ListEndpoints(ctx, &pb.ListEndpointsRequest{})
 	if err != nil {
-		return state != "resuming"
+		return state != pb.KeyResuming
 	}
 	found := false
 	for _, e := range list.Endpoints {
@@ -179,7 +179,7 @@ func (c *keyClient) resumed(ctx context.Context, ref *pb.KeyRef, state string) b
 			return false
 		}
 	}
-	return found || state != "resuming"
+	return found || state != pb.KeyResuming
 }
 
 // underKey tells whether a branch is under the key that a reference names.
@@ -191,7 +191,7 @@ func underKey(branches []*pb.ManagedBranch, ref *pb.KeyRef, branch string) bool 
 }
 
 func comingBack(state string) bool {
-	return state == "resuming" || state == "active" || state == "grace"
+	return pb.KeyUsable(state)
 }
 
 func (c *keyClient) resume(ctx context.Context, w io.Writer) error {
@@ -214,7 +214,7 @@ func (c *keyClient) resume(ctx context.Context, w io.Writer) error {
 	if err := printKeyState(w, time.Now(), st); err != nil {
 		return err
 	}
-	if st.State == "revoked" || st.State == "unreachable" {
+	if st.State == pb.KeyRevoked || st.State == pb.KeyUnreachable {
 		return fmt.Errorf("the hold is ended, but the KMS does not let key %s be used; it resumes by itself when %s says yes", st.Key, cmp.Or(st.ControlledBy, "the KMS"))
 	}
 	return nil

@@ -85,7 +85,7 @@ func stateWords(now time.Time, k *pb.KeyStatusResponse) string {
 	if k.SinceUnixMs != 0 {
 		words += " since " + moment(now, k.SinceUnixMs)
 	}
-	if k.State == "grace" && k.UntilUnixMs != 0 {
+	if k.State == pb.KeyGrace && k.UntilUnixMs != 0 {
 		words += ", until " + moment(now, k.UntilUnixMs)
 	}
 	return words

@@ -23,18 +23,6 @@ const (
 	CannotConnectNow = "57P03" // of one that comes
 )
 
-// States of a key, as pb.KeyStatusResponse has them.
-const (
-	Active      = "active"
-	Grace       = "grace"
-	Revoked     = "revoked"
-	Unreachable = "unreachable"
-	Resuming    = "resuming"
-)
-
-// Usable tells whether a node that asks for a lease in this state may get one.
-func Usable(state string) bool { return state == Active || state == Grace || state == Resuming }
-
 // Notice is what a client is told, in the terms of PostgreSQL's error messages.
 type Notice struct{ Message, Detail, Hint string }
 
@@ -42,19 +30,19 @@ type Notice struct{ Message, Detail, Hint string }
 func Of(project string, st *pb.KeyStatusResponse) Notice {
 	key := KeyName(project, st)
 	switch {
-	case st.GetState() == Revoked && held(st):
+	case st.GetState() == pb.KeyRevoked && held(st):
 		return Notice{
 			Message: fmt.Sprintf("the key of %s is held back by its operator", key),
 			Detail:  detail(st),
 			Hint:    "`holdfast key resume` ends it; then service resumes by itself.",
 		}
-	case st.GetState() == Revoked:
+	case st.GetState() == pb.KeyRevoked:
 		return Notice{
 			Message: fmt.Sprintf("the key of %s is disabled", key),
 			Detail:  detail(st),
 			Hint:    "The key is controlled by its owner, in " + Controller(st) + ". When it is enabled there, service resumes by itself.",
 		}
-	case Usable(st.GetState()):
+	case pb.KeyUsable(st.GetState()):
 		return Notice{
 			Message: fmt.Sprintf("the endpoint is starting: the key of %s can be used again", key),
 			Hint:    "Try again in a few seconds.",

@@ -16,17 +16,17 @@ func TestWords(t *testing.T) {
 		st   *pb.KeyStatusResponse
 		want Notice
 	}{
-		{"disabled", &pb.KeyStatusResponse{State: Revoked, ControlledBy: "AWS KMS key arn:x", SinceUnixMs: since, ProviderError: "SECRET"}, Notice{
+		{"disabled", &pb.KeyStatusResponse{State: pb.KeyRevoked, ControlledBy: "AWS KMS key arn:x", SinceUnixMs: since, ProviderError: "SECRET"}, Notice{
 			Message: "the key of project p is disabled",
 			Detail:  "This is so since 2026-01-01 00:00:00 UTC. Meanwhile nobody can read any of its data; what was committed is kept.",
 			Hint:    "The key is controlled by its owner, in AWS KMS key arn:x. When it is enabled there, service resumes by itself.",
 		}},
-		{"held", &pb.KeyStatusResponse{State: Revoked, Key: "p/b", ControlledBy: "`holdfast key resume`"}, Notice{
+		{"held", &pb.KeyStatusResponse{State: pb.KeyRevoked, Key: "p/b", ControlledBy: "`holdfast key resume`"}, Notice{
 			Message: "the key of branch b of project p is held back by its operator",
 			Detail:  "This is so now. Meanwhile nobody can read any of its data; what was committed is kept.",
 			Hint:    "`holdfast key resume` ends it; then service resumes by itself.",
 		}},
-		{"unreachable", &pb.KeyStatusResponse{State: Unreachable, Cmk: "dev"}, Notice{
+		{"unreachable", &pb.KeyStatusResponse{State: pb.KeyUnreachable, Cmk: "dev"}, Notice{
 			Message: "the key of project p cannot be checked",
 			Detail:  "This is so now. Meanwhile nobody can read any of its data; what was committed is kept.",
 			Hint:    "The key is controlled by its owner, in the KMS (key dev), which does not answer. When it does, service resumes by itself.",
@@ -36,7 +36,7 @@ func TestWords(t *testing.T) {
 			Detail:  "This is so now. Meanwhile nobody can read any of its data; what was committed is kept.",
 			Hint:    "The key is controlled by its owner, in the KMS, which does not answer. When it does, service resumes by itself.",
 		}},
-		{"resuming", &pb.KeyStatusResponse{State: Resuming}, Notice{
+		{"resuming", &pb.KeyStatusResponse{State: pb.KeyResuming}, Notice{
 			Message: "the endpoint is starting: the key of project p can be used again", Hint: "Try again in a few seconds."}},
 	} {
 		if diff := cmp.Diff(tc.want, Of("p", tc.st)); diff != "" {

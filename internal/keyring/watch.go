@@ -70,7 +70,7 @@ func (p *scope) noticed(n *pb.KeyNotice) {
 	p.newsLocked()
 	p.renewSoonLocked()
 	// Who held the key when it was taken away takes it up again: "resuming" ends when all do.
-	if back := n.State == "resuming" || n.State == "active"; back && !p.mu.live && errors.Is(p.mu.why, ErrRevoked) {
+	if back := n.State == pb.KeyResuming || n.State == pb.KeyActive; back && !p.mu.live && errors.Is(p.mu.why, ErrRevoked) {
 		p.ring.wg.Go(func() { _ = p.ensureLease(p.ring.ctx) }) // who needs a key asks again, and is told why not
 	}
 }
