@@ -49,6 +49,7 @@ func idlePsql(t *testing.T, s *stock.Server) (next func() (shown string)) {
 func TestIdlePsqlHearsItWithItsNextStatement(t *testing.T) {
 	s := server(t, nil)
 	next := idlePsql(t, s)
+	waiting(t, s, "ClientRead") // psql has its answer while the backend may still be within the write of it
 	if told := say(s, nil); told.Ours != 1 {
 		t.Errorf("told %+v, want one", told)
 	}
