@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -162,17 +163,25 @@ func (m *Manager) makeBranch(ctx context.Context, b branchDoc, e endpointDoc, cm
 	return nil
 }
 
-// publishBranch is the commit point: from then on the branch is there.
+// publishBranch is the commit point: from then on the branch is there. If the write's outcome is not known it
+// looks: a branch that is there needs its endpoint run.
 func (m *Manager) publishBranch(ctx context.Context, b branchDoc, e endpointDoc) error {
 	_, err := updateCluster(ctx, m.cfg.Store, func(c *cluster) error {
-		if c.branch(b.Name) != nil { // by an earlier try of this call, which was reported to have failed
+		if slices.Contains(c.Branches, b) { // by a try of this call that was reported to have lost a race
 			return nil
 		}
 		c.dropLeftover(b)
 		c.Branches, c.Endpoints = append(c.Branches, b), append(c.Endpoints, e)
 		return nil
 	})
-	return err
+	if err == nil {
+		return nil
+	}
+	c, _, loadErr := loadCluster(ctx, m.cfg.Store)
+	if loadErr == nil && slices.Contains(c.Branches, b) {
+		return nil
+	}
+	return errors.Join(err, loadErr)
 }
 
 // openBranch starts a new branch's endpoint.
