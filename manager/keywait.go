@@ -24,6 +24,7 @@ const (
 const (
 	askKeyEvery  = 500 * time.Millisecond
 	askKeyTime   = 5 * time.Second        // for one answer
+	askKeyFirst  = 500 * time.Millisecond // for the first, for which clients wait too
 	keyBackoff   = 250 * time.Millisecond // between starts that fail for a key that can be used
 	maxKeyPause  = 2 * time.Second
 	keyFailsFast = 5 * time.Second
@@ -53,7 +54,11 @@ func (s *supervisor) waitForKey(ctx context.Context, lived time.Duration) {
 	}
 	told := ""
 	for first := true; ; first = false {
-		st := s.askKey(ctx)
+		limit := askKeyTime
+		if first {
+			limit = askKeyFirst
+		}
+		st := s.askKey(ctx, limit)
 		if ctx.Err() != nil {
 			return
 		}
@@ -104,8 +109,8 @@ func (s *supervisor) waitAWhile(ctx context.Context) error {
 }
 
 // askKey asks for the key's state. No answer is one, too: without a key manager nothing runs.
-func (s *supervisor) askKey(ctx context.Context) *pb.KeyStatusResponse {
-	ctx, cancel := context.WithTimeout(ctx, askKeyTime)
+func (s *supervisor) askKey(ctx context.Context, limit time.Duration) *pb.KeyStatusResponse {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	st, err := s.child.key.ask(ctx)
 	if err != nil {

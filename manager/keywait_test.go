@@ -98,6 +98,22 @@ func TestAnEndpointWaitsForItsKey(t *testing.T) {
 	}
 }
 
+// A key manager that hangs: clients are told at once, not when the patience with it is over.
+func TestClientsAreToldOfAKeyManagerThatHangs(t *testing.T) {
+	key := &keyStub{}
+	s, addr, _ := keyed(t, `exit 5`, key)
+	s.child.key.ask = func(ctx context.Context) (*pb.KeyStatusResponse, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	began := time.Now()
+	s.start()
+	if pg := toldClient(t, addr); !strings.Contains(pg.Message, "cannot be checked") || time.Since(began) > askKeyTime-time.Second {
+		t.Errorf("a client is told %q after %v", pg.Message, time.Since(began))
+	}
+	awaitState(t, s, stateKeyUnreachable)
+}
+
 func TestAnEndpointStartsWhenItsKeyCanBeUsed(t *testing.T) {
 	key := &keyStub{st: &pb.KeyStatusResponse{State: pb.KeyRevoked}}
 	s, addr, told := keyed(t, `if [ -e again ]; then echo '{"event":"address"}'; `+saysReady+`exec sleep 100; fi; touch again; exit 5`, key)

@@ -342,6 +342,6 @@ func (s *supervisor) happened(e event) {
 	case e.Event == "address" && refuse != nil: // Postgres is about to listen
 		refuse.close()
 	case e.Event == "shut" && refuse != nil: // Postgres is gone, the agent not yet
-		s.showWait(s.askKey(context.Background()))
+		s.showWait(s.askKey(context.Background(), askKeyTime))
 	}
 }
