@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"regexp"
@@ -72,9 +73,23 @@ func inWords(cmd *cobra.Command, err error) error {
 				return fmt.Errorf("--%s %s, or a role below %s, does not answer: %s", flag, f.Value, l.dir, st.Message())
 			}
 		}
+		if runs(l) {
+			return fmt.Errorf("a role of the cluster over %s does not answer: %s", l.dir, st.Message())
+		}
 		return fmt.Errorf("no cluster is running over %s: start one with `holdfast up --data %s`", l.dir, l.dir)
 	}
 	return errors.New(grpcWords.ReplaceAllString(st.Message(), ""))
+}
+
+// runs tells whether one of the roles that commands ask is there: then another is missing, not the cluster.
+func runs(l layout) bool {
+	for _, role := range []string{"keymgr", "manager"} {
+		if conn, err := net.DialTimeout("unix", strings.TrimPrefix(l.socket(role), "unix:"), time.Second); err == nil {
+			conn.Close()
+			return true
+		}
+	}
+	return false
 }
 
 // grpcWords is what gRPC puts before the words of an error that was wrapped.

@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -290,6 +291,25 @@ func TestKeyStatus(t *testing.T) {
 	refuses(t, dir, []string{"key", "status", "--branch", "zz"}, `no branch "zz"`, "holdfast branch list")
 	refuses(t, dir, []string{"key", "status", "--keymgr", "unix:/no/such/socket"}, "--keymgr unix:/no/such/socket")
 	refuses(t, t.TempDir(), []string{"key", "status"}, "no cluster is running", "holdfast up")
+}
+
+// Where a manager listens there is a cluster, and another is not to be started.
+func TestAMissingKeyManagerIsNotAMissingCluster(t *testing.T) {
+	dir, err := os.MkdirTemp("", "hf") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l := layout{dir: dir}
+	if err := os.MkdirAll(l.runDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lis, err := net.Listen("unix", strings.TrimPrefix(l.socket("manager"), "unix:"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	refuses(t, dir, []string{"key", "status"}, "a role of the cluster", "does not answer", "keymgr")
 }
 
 // A branch without a key of its own is under the project's: to revoke that for it would shut every branch.
