@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -252,8 +253,22 @@ func (b *receiptBook) tryKeep(ctx context.Context, o *openReceipt, form *pb.Rece
 
 // completed tells of a complete receipt as the bucket has it: also when a late report has changed it.
 func completed(r *pb.Receipt, data []byte) Event {
-	return Event{Event: "receipt.completed", Outcome: "ok", Detail: fmt.Sprintf("receipt %s, %d leases, %d without a signed report, SHA-256 %x",
+	return Event{Event: eventCompleted, Outcome: "ok", Detail: fmt.Sprintf("receipt %s, %d leases, %d without a signed report, SHA-256 %x",
 		r.Id, len(r.Entries), len(receipt.Unproven(r)), sha256.Sum256(data))}
+}
+
+const eventCompleted = "receipt.completed"
+
+// CompletedReceipt reads what an event of the audit log says of a receipt: its id, and the SHA-256, in hexadecimal, of
+// receipt.Marshal's form of it. A later event, of a late report, replaces an earlier one. ok is false for other events.
+func CompletedReceipt(e Event) (id, sum string, ok bool) {
+	if e.Event != eventCompleted {
+		return "", "", false
+	}
+	rest, found := strings.CutPrefix(e.Detail, "receipt ")
+	id, _, more := strings.Cut(rest, ",")
+	_, sum, hasSum := strings.Cut(rest, "SHA-256 ")
+	return id, sum, found && more && hasSum
 }
 
 // putReceipt makes the bucket have a receipt with all that it and the bucket's form of it have.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -13,20 +14,24 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/holdfastdb/holdfast/internal/api/pb"
+	"github.com/holdfastdb/holdfast/keymgr"
 	"github.com/holdfastdb/holdfast/keymgr/receipt"
 )
 
 func newKeyReceipts(f *keyFlags) *cobra.Command {
 	var verify bool
+	var audit string
 	cmd := &cobra.Command{
 		Use: "receipts [ID]", Short: "Show what came of each revocation, by node", Args: cobra.MaximumNArgs(1),
 		Long: `Show what came of each revocation: which process wiped which keys, when, and what else it dropped, signed by the process;
 and for a process that did not answer when its lease had run out. Without an ID the receipts are listed, the newest first.
 
 --verify checks each report's signature, and that it was made with the key that the process had asked for its lease with; it names
-the processes whose shredding no signature proves, since they did not answer.`,
+the processes whose shredding no signature proves, since they did not answer. Receipts are in the bucket; with --audit each one that
+is complete is also compared with what the audit log says of it, so that none that was changed or made up passes.`,
 		Example: `  holdfast key receipts
   holdfast key receipts 5f0c2a… --verify
+  holdfast key receipts --verify --audit data/keymgr
   holdfast key receipts --json`,
 		ValidArgsFunction: f.completeReceipt,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -35,11 +40,19 @@ the processes whose shredding no signature proves, since they did not answer.`,
 				if err != nil {
 					return err
 				}
-				return showReceipts(cmd.OutOrStdout(), list, f.json, verify, len(args) == 1)
+				if err := showReceipts(cmd.OutOrStdout(), list, f.json, len(args) == 1); err != nil || !verify && audit == "" {
+					return err
+				}
+				out := cmd.OutOrStdout()
+				if f.json {
+					out = io.Discard // the document is all that is printed: the exit status tells
+				}
+				return verifyReceipts(out, list.Receipts, audit)
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&verify, "verify", false, "check the signatures; fails if one is wrong")
+	cmd.Flags().StringVar(&audit, "audit", "", "the audit log's folder: compare the receipts with it, too (implies --verify)")
 	return cmd
 }
 
@@ -87,32 +100,33 @@ func (c *keyClient) receiptRefs(ctx context.Context, anyKey bool) ([]*pb.KeyRef,
 	return refs, nil
 }
 
-func showReceipts(w io.Writer, list *pb.ListReceiptsResponse, asJSON, verify, full bool) error {
-	var err error
+func showReceipts(w io.Writer, list *pb.ListReceiptsResponse, asJSON, full bool) error {
 	switch {
 	case asJSON:
-		err = printJSON(w, list)
+		return printJSON(w, list)
 	case full:
-		err = printReceipt(w, time.Now(), list.Receipts[0])
-	default:
-		err = printReceipts(w, time.Now(), list.Receipts)
+		return printReceipt(w, time.Now(), list.Receipts[0])
 	}
-	if err != nil || !verify {
-		return err
-	}
-	if asJSON {
-		w = io.Discard // the document is all that is printed: the exit status tells
-	}
-	return verifyReceipts(w, list.Receipts)
+	return printReceipts(w, time.Now(), list.Receipts)
 }
 
 // verifyReceipts fails if a report is not what the holder of its lease signed. What no signature proves is no failure:
-// it is listed.
-func verifyReceipts(w io.Writer, list []*pb.Receipt) error {
+// it is listed. audit, unless empty, is the folder of the audit log to compare with.
+func verifyReceipts(w io.Writer, list []*pb.Receipt, audit string) error {
+	var sums map[string]string
+	if audit != "" {
+		var err error
+		if sums, err = auditedReceipts(audit); err != nil {
+			return err
+		}
+	}
 	var errs []error
 	reports := 0
 	for _, r := range list {
 		errs = append(errs, receipt.Verify(r))
+		if audit != "" && r.Complete {
+			errs = append(errs, compareWithAudit(r, sums))
+		}
 		reports += len(r.Entries)
 		unproven := receipt.Unproven(r)
 		for _, e := range r.Entries {
@@ -127,6 +141,32 @@ func verifyReceipts(w io.Writer, list []*pb.Receipt) error {
 	}
 	_, err := fmt.Fprintf(w, "verified: %d signed reports of %d receipts\n", reports, len(list))
 	return err
+}
+
+// auditedReceipts gives the SHA-256 of each receipt whose completion is in the audit log, the last one.
+func auditedReceipts(dir string) (map[string]string, error) {
+	sums := make(map[string]string)
+	_, err := readAudit([]string{dir}, nil, func(e keymgr.Event) error {
+		if id, sum, ok := keymgr.CompletedReceipt(e); ok {
+			sums[id] = sum
+		}
+		return nil
+	})
+	return sums, err
+}
+
+func compareWithAudit(r *pb.Receipt, sums map[string]string) error {
+	data, err := receipt.Marshal(r)
+	if err != nil {
+		return err
+	}
+	switch want, ok := sums[r.Id]; {
+	case !ok:
+		return fmt.Errorf("receipt %s: the audit log does not have it: another key manager's log may, or it was made up", r.Id)
+	case want != fmt.Sprintf("%x", sha256.Sum256(data)):
+		return fmt.Errorf("receipt %s is not as the audit log has it: it was changed", r.Id)
+	}
+	return nil
 }
 
 func printReceipts(w io.Writer, now time.Time, list []*pb.Receipt) error {

@@ -100,18 +100,20 @@ func Complete(r *pb.Receipt, nowUS int64) bool {
 	return !slices.ContainsFunc(r.Entries, func(e *pb.ReceiptEntry) bool { return e.Report == nil && nowUS < e.LeaseEndUnixUs })
 }
 
-// Merge takes into r the reports that other, an earlier or later form of it, has and r lacks.
+// Merge takes into r the reports that other, an earlier or later form of it, has and r lacks. other
+// comes out of the bucket, which anybody may have written: a report that does not verify is left there, or
+// it would keep the process's own out.
 func Merge(r, other *pb.Receipt) {
 	for _, o := range other.Entries {
-		e := Entry(r, o.LeaseId)
-		switch {
-		case e == nil && o.Report != nil:
+		if o.Report == nil || o.Report.Key != r.Key {
+			continue
+		}
+		if e := Entry(r, o.LeaseId); e == nil && len(r.Entries) < maxEntries && verifyEntry(r, o) == nil {
 			r.Entries = append(r.Entries, proto.CloneOf(o))
-		case e != nil && e.Report == nil:
-			e.Report = o.Report
+		} else if e != nil && e.Report == nil {
+			_, _ = Add(r, proto.CloneOf(o.Report)) // refused: it is not this process's
 		}
 	}
-	r.Complete = r.Complete || other.Complete
 }
 
 // Unproven lists the entries whose shredding no signed report of the lease's own process proves: by
