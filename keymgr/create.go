@@ -170,9 +170,14 @@ func (s *Server) index(ctx context.Context, id keyID) error {
 
 // indexedKeys lists the keys; one whose making was interrupted may be among them.
 func (s *Server) indexedKeys(ctx context.Context) ([]keyID, error) {
+	return s.keysBelow(ctx, indexPrefix)
+}
+
+// keysBelow lists the keys that have an object below a prefix.
+func (s *Server) keysBelow(ctx context.Context, prefix string) ([]keyID, error) {
 	var ids []keyID
-	err := s.cfg.BlobStore.List(ctx, indexPrefix, func(i blob.Info) error {
-		parts := strings.Split(strings.TrimPrefix(i.Key, indexPrefix), "/")
+	err := s.cfg.BlobStore.List(ctx, prefix, func(i blob.Info) error {
+		parts := strings.Split(strings.TrimPrefix(i.Key, prefix), "/")
 		switch {
 		case len(parts) == 2 && parts[1] == "key":
 			ids = append(ids, keyID{project: parts[0]})

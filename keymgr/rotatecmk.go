@@ -261,19 +261,7 @@ func (s *Server) unmark(ctx context.Context, id keyID) error {
 }
 
 // marked lists the keys whose re-wrapping may not be finished.
-func (s *Server) marked(ctx context.Context) (ids []keyID, err error) {
-	err = s.cfg.BlobStore.List(ctx, rewrapPrefix, func(i blob.Info) error {
-		parts := strings.Split(strings.TrimPrefix(i.Key, rewrapPrefix), "/")
-		switch {
-		case len(parts) == 2 && parts[1] == "key":
-			ids = append(ids, keyID{project: parts[0]})
-		case len(parts) == 3 && parts[1] == "branches":
-			ids = append(ids, keyID{parts[0], parts[2]})
-		}
-		return nil
-	})
-	return ids, err
-}
+func (s *Server) marked(ctx context.Context) ([]keyID, error) { return s.keysBelow(ctx, rewrapPrefix) }
 
 // keepRewrapping finishes what was interrupted: by a crash, by the KMS, or by a caller that went away.
 func (s *Server) keepRewrapping() {
